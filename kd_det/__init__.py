@@ -1,0 +1,26 @@
+"""
+Knowledge distillation for Detectron2.
+
+Importing this registers the ``Distiller`` meta-architecture, the losses and the offline data sets in Detectron2's
+registries. It changes no default of Detectron2 and reads no file.
+"""
+
+from kd_det.config import add_kd_config, add_loss_config
+from kd_det.distiller import Distiller, build_student, student_cfg
+from kd_det.losses import DISTILLATION_LOSS_REGISTRY, DistillationLoss
+from kd_det.taps import Taps
+from kd_det.teacher import build_teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DISTILLATION_LOSS_REGISTRY",
+    "DistillationLoss",
+    "Distiller",
+    "Taps",
+    "add_kd_config",
+    "add_loss_config",
+    "build_student",
+    "build_teacher",
+    "student_cfg",
+]

@@ -1,0 +1,25 @@
+"""How kd_det words its errors: what was found, what was expected, the valid names."""
+
+import difflib
+from typing import Iterable
+
+__all__ = ["unknown_name"]
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str], most: int = 12) -> str:
+    """
+    One line for a name that does not exist: the nearest valid names, then as many others as fit.
+
+    Args:
+        kind: what the name should have named, e.g. "tap of the teacher".
+        name: what was found.
+        valid: every valid name.
+        most: at most so many valid names are listed.
+    """
+    valid = [str(v) for v in valid]
+    nearest = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
+    rest = [v for v in valid if v not in nearest]
+    shown = ", ".join((nearest + rest)[:most]) or "none"
+    more = f" and {len(valid) - most} more" if len(valid) > most else ""
+    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+    return f"Unknown {kind} {name!r}. {hint}Valid names: {shown}{more}."

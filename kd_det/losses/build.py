@@ -1,0 +1,147 @@
+from typing import Dict, List, Optional, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from kd_det.errors import unknown_name
+
+__all__ = ["DISTILLATION_LOSS_REGISTRY", "DistillationLoss", "build_losses", "loss_class"]
+
+DISTILLATION_LOSS_REGISTRY = Registry("DISTILLATION_LOSS")
+DISTILLATION_LOSS_REGISTRY.__doc__ = """
+Registry of distillation losses: subclasses of :class:`DistillationLoss`.
+
+A registered class is built by ``cls(cfg, student, teacher)``: its ``from_config(cls, cfg, student, teacher)`` sees
+both models (to read channels, class counts, norm layers) and returns the arguments of ``__init__``, which sees none.
+It is called by ``loss(student, teacher, regions)``, see :meth:`DistillationLoss.forward`.
+"""
+
+
+class DistillationLoss(nn.Module):
+    """
+    Base class: where a loss reads, how much it weighs, when it is on. A subclass sets ``name``, implements
+    :meth:`forward`, owns whatever it trains (connectors) or remembers (margins), and is decorated with
+    ``@DISTILLATION_LOSS_REGISTRY.register()``.
+
+    Attributes:
+        name: the loss is logged as ``loss_<name>`` and configured by ``KD.<NAME>``.
+        needs_regions: whether it reads ``regions.region_pairs()``; the student must then have ROI heads.
+    """
+
+    name: str
+    needs_regions = False
+
+    def __init__(
+        self,
+        *,
+        student_taps: Sequence[str] = (),
+        teacher_taps: Optional[Sequence[str]] = None,
+        weight: float = 1.0,
+        warmup_iters: int = 0,
+        stop_iter: int = -1,
+    ):
+        """
+        Args:
+            student_taps: places read in the student.
+            teacher_taps: places read in the teacher, paired in order. None or empty: the student's names.
+            weight: the factor of this loss in the total, not negative.
+            warmup_iters: the factor grows linearly from ``weight / warmup_iters`` to ``weight`` in so many iterations.
+            stop_iter: the loss is off from this iteration on; -1 means never.
+
+        Raises:
+            ValueError: numbers of taps that differ, or a weight or iteration out of range.
+        """
+        super().__init__()
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps or student_taps)
+        if len(self.student_taps) != len(self.teacher_taps):
+            raise ValueError(
+                f"{type(self).__name__}: {len(self.student_taps)} student taps {self.student_taps} are paired with "
+                f"{len(self.teacher_taps)} teacher taps {self.teacher_taps}; the numbers must be equal."
+            )
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"{type(self).__name__}: weight must be a finite number >= 0, found {weight}.")
+        if warmup_iters < 0 or stop_iter < -1:
+            raise ValueError(
+                f"{type(self).__name__}: warm-up must be >= 0 and stop >= -1 (never) iterations, "
+                f"found {warmup_iters} and {stop_iter}."
+            )
+        self.weight = weight
+        self.warmup_iters = warmup_iters
+        self.stop_iter = stop_iter
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> Dict:
+        """The arguments that every loss has, from ``KD.<NAME>``. Subclasses add theirs."""
+        node = cfg.KD[cls.name.upper()]
+        return {
+            "student_taps": node.STUDENT_TAPS,
+            "teacher_taps": node.TEACHER_TAPS,
+            "weight": node.WEIGHT,
+            "warmup_iters": cfg.KD.WARMUP_ITERS if node.WARMUP_ITERS is None else node.WARMUP_ITERS,
+            "stop_iter": cfg.KD.STOP_ITER if node.STOP_ITER is None else node.STOP_ITER,
+        }
+
+    @property
+    def key(self) -> str:
+        return f"loss_{self.name}"
+
+    def factor(self, iteration: int) -> float:
+        """The factor of this loss at an iteration: warm-up, constant, off."""
+        if 0 <= self.stop_iter <= iteration:
+            return 0.0
+        if iteration < self.warmup_iters:
+            return self.weight * (iteration + 1) / self.warmup_iters
+        return self.weight
+
+    def forward(self, student: List[Tensor], teacher: List[Tensor], regions) -> Tensor:
+        """
+        Args:
+            student: the maps at ``student_taps``, in order, each (N, Cs, Hs, Ws), with their graph. A tap on a module
+                that runs several times per image gives one map a call.
+            teacher: the maps at ``teacher_taps``, each (N, Ct, Ht, Wt), without a graph.
+            regions (kd_det.regions.Regions): which positions hold image, the ground truth, and the sampled regions.
+
+        Returns:
+            A scalar, without the factor ``weight``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement forward(student, teacher, regions)")
+
+
+def loss_class(name: str):
+    """
+    The registered class of a loss, by class name ("NSTLoss") or without its ending ("NST").
+
+    Raises:
+        ValueError: no such loss; names the registered ones.
+    """
+    registered = dict(iter(DISTILLATION_LOSS_REGISTRY))
+    for candidate in (name, f"{name}Loss"):
+        if candidate in registered:
+            return registered[candidate]
+    raise ValueError(unknown_name("distillation loss", name, registered))
+
+
+def build_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> List[DistillationLoss]:
+    """The losses of ``KD.LOSSES`` whose weight is not 0."""
+    return [cls(cfg, student, teacher) for cls in enabled_loss_classes(cfg)]
+
+
+def enabled_loss_classes(cfg: CfgNode) -> List[type]:
+    """
+    The classes that ``KD.LOSSES`` names and whose ``KD.<NAME>.WEIGHT`` is not 0.
+
+    Raises:
+        ValueError: an unknown or repeated name, or a loss without its config node.
+    """
+    classes = [loss_class(name) for name in cfg.KD.LOSSES]
+    for cls in classes:
+        if classes.count(cls) > 1:
+            raise ValueError(f"KD.LOSSES names {cls.__name__} more than once: {tuple(cfg.KD.LOSSES)}.")
+        if cls.name.upper() not in cfg.KD:
+            raise ValueError(
+                f"{cls.__name__} is configured by KD.{cls.name.upper()}, which the config lacks: "
+                f"call the loss' add_..._config(cfg) after add_kd_config(cfg)."
+            )
+    return [cls for cls in classes if cfg.KD[cls.name.upper()].WEIGHT != 0]

@@ -1,0 +1,210 @@
+"""
+Which positions and which regions count, and the regions that both networks share.
+
+Shapes: N images; R sampled regions of all images together; K classes, background last.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+__all__ = ["RegionHead", "RegionOutputs", "RegionTaps", "Regions", "valid_mask"]
+
+
+@dataclass
+class RegionOutputs:
+    """
+    What one head says about R regions.
+
+    Attributes:
+        features: pooled features, (R, C, P, P).
+        logits: class logits, (R, K + 1).
+        deltas: box regression, (R, 4) or (R, 4 K).
+    """
+
+    features: Tensor
+    logits: Tensor
+    deltas: Tensor
+
+
+class RegionHead:
+    """One interface to the box branch of Detectron2's ROI heads: C4, standard, and each stage of a cascade."""
+
+    def __init__(self, roi_heads: nn.Module, *, side: str = "model"):
+        """
+        Args:
+            roi_heads: a :class:`StandardROIHeads`, :class:`CascadeROIHeads` or :class:`Res5ROIHeads`, or a subclass.
+            side: what messages call the model.
+
+        Raises:
+            ValueError: other ROI heads, or none.
+        """
+        if not isinstance(roi_heads, (StandardROIHeads, Res5ROIHeads)):
+            found = "no roi_heads" if roi_heads is None else type(roi_heads).__name__
+            raise ValueError(
+                f"Losses on regions need StandardROIHeads, CascadeROIHeads or Res5ROIHeads (or a subclass); "
+                f"the {side} has {found}."
+            )
+        self.roi_heads = roi_heads
+        self.num_classes: int = roi_heads.num_classes
+        is_c4 = isinstance(roi_heads, Res5ROIHeads)
+        self.pooler: nn.Module = roi_heads.pooler if is_c4 else roi_heads.box_pooler
+        self._in_features = roi_heads.in_features if is_c4 else roi_heads.box_in_features
+        if isinstance(roi_heads, CascadeROIHeads):
+            self.predictors, self._heads = list(roi_heads.box_predictor), list(roi_heads.box_head)
+        else:
+            self.predictors = [roi_heads.box_predictor]
+            self._heads = [roi_heads.res5 if is_c4 else roi_heads.box_head]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.predictors)
+
+    def __call__(self, features: Dict[str, Tensor], boxes: List[Boxes], stage: int) -> RegionOutputs:
+        """
+        Pool and classify given boxes; of a cascade with fewer stages, the last stage answers for later ones.
+
+        Args:
+            features: outputs of the backbone.
+            boxes: each image's regions, in the coordinates of the network's input.
+            stage: whose regions these are.
+        """
+        stage = min(stage, self.num_stages - 1)
+        pooled = self.pooler([features[name] for name in self._in_features], boxes)
+        hidden = self._heads[stage](pooled)
+        if isinstance(self.roi_heads, Res5ROIHeads):
+            hidden = hidden.mean(dim=[2, 3])
+        logits, deltas = self.predictors[stage](hidden)
+        return RegionOutputs(pooled, logits, deltas)
+
+
+class RegionTaps:
+    """Records the regions that a student samples and what it says of them, in the forward its own losses need."""
+
+    def __init__(self, head: RegionHead):
+        self.head = head
+        self._clear()
+
+    def _clear(self):
+        self._boxes: List[List[Boxes]] = []
+        self._features: List[Tensor] = []
+        self._predictions: List[Tuple[Tensor, Tensor]] = []
+
+    @contextlib.contextmanager
+    def recording(self):
+        """Record inside this context; an exception inside leaves nothing recorded."""
+        self._clear()
+
+        def read_pooler(module, args, output):
+            self._boxes.append(args[1])
+            self._features.append(output)
+
+        def read_predictor(module, args, output):
+            self._predictions.append(output)
+
+        handles = [self.head.pooler.register_forward_hook(read_pooler)]
+        handles += [predictor.register_forward_hook(read_predictor) for predictor in self.head.predictors]
+        try:
+            yield self
+        except BaseException:
+            self._clear()
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pop(self) -> List[Tuple[List[Boxes], RegionOutputs]]:
+        """Each stage's boxes (one entry an image) and outputs. Reading empties."""
+        stages = [
+            (boxes, RegionOutputs(features, *predictions))
+            for boxes, features, predictions in zip(self._boxes, self._features, self._predictions)
+        ]
+        self._clear()
+        if len(stages) != self.head.num_stages:
+            raise RuntimeError(
+                f"expected the student's box head to run {self.head.num_stages} times in a training step, "
+                f"found {len(stages)}"
+            )
+        return stages
+
+
+def valid_mask(image_sizes: List[Tuple[int, int]], canvas: Tuple[int, int], size: Tuple[int, int]) -> Tensor:
+    """
+    Which positions of a feature map hold image, when images are padded at the right and bottom.
+
+    Args:
+        image_sizes: each image's height and width in pixels.
+        canvas: the padded batch's height and width in pixels.
+        size: the map's height and width.
+
+    Returns:
+        bool, (N, 1, H, W): true where any pixel of the position's cell lies inside the image.
+    """
+    # ceil(image * map / canvas), in integers
+    limits = torch.tensor([[-(-side * m // c) for side, m, c in zip(i, size, canvas)] for i in image_sizes])
+    rows = torch.arange(size[0])[None] < limits[:, :1]
+    columns = torch.arange(size[1])[None] < limits[:, 1:]
+    return (rows[:, None, :, None]) & (columns[:, None, None, :])
+
+
+class Regions:
+    """What a loss may know of a batch besides the maps. One object a training step, shared by all losses."""
+
+    def __init__(
+        self,
+        image_sizes: List[Tuple[int, int]],
+        canvas: Tuple[int, int],
+        *,
+        instances: Optional[List[Instances]] = None,
+        student_stages: Optional[List[Tuple[List[Boxes], RegionOutputs]]] = None,
+        teacher_head: Optional[RegionHead] = None,
+        teacher_outputs: Optional[Dict[str, Tensor]] = None,
+    ):
+        """
+        Args:
+            image_sizes: each image's height and width.
+            canvas: height and width of the padded batch.
+            instances: each image's ground truth, or None if the batch has none.
+            student_stages: the student's sampled regions, see :meth:`RegionTaps.pop`.
+            teacher_head: the teacher's box branch.
+            teacher_outputs: the outputs of the teacher's backbone.
+        """
+        self.image_sizes = image_sizes
+        self.canvas = canvas
+        self.instances = instances
+        self._student_stages = student_stages
+        self._teacher_head = teacher_head
+        self._teacher_outputs = teacher_outputs
+        self._masks: Dict[Tuple, Optional[Tensor]] = {}
+        self._pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = None
+
+    def valid(self, features: Tensor) -> Optional[Tensor]:
+        """The mask of a map's positions that hold image, bool (N, 1, H, W), or None where all of them do."""
+        size = tuple(features.shape[-2:])
+        key = (size, features.device)
+        if key not in self._masks:
+            mask = valid_mask(self.image_sizes, self.canvas, size)
+            self._masks[key] = None if bool(mask.all()) else mask.to(features.device)
+        return self._masks[key]
+
+    @torch.no_grad()
+    def _ask_teacher(self, boxes: List[Boxes], stage: int) -> RegionOutputs:
+        return self._teacher_head(self._teacher_outputs, boxes, stage)
+
+    def region_pairs(self) -> List[Tuple[RegionOutputs, RegionOutputs]]:
+        """
+        For each stage of the student's box head (one, unless a cascade): what the student said of its sampled
+        regions, with its graph, and what the teacher says of the same regions. The teacher is asked once a step.
+        """
+        if self._student_stages is None:
+            raise RuntimeError("regions were not recorded: the loss must declare needs_regions = True")
+        if self._pairs is None:
+            self._pairs = [
+                (student, self._ask_teacher(boxes, stage)) for stage, (boxes, student) in enumerate(self._student_stages)
+            ]
+        return self._pairs

@@ -1,0 +1,283 @@
+"""
+Features at named places of a detector, without a line of its forward copied.
+
+A place is named by
+
+* a level of the backbone's output or of its bottom-up network: ``p3``, ``res4``, ``stem``;
+* a dotted module name: ``proposal_generator.rpn_head.conv``, ``backbone.bottom_up.res4.0`` or, for short, ``res4.0``;
+* either of the two with ``.pre_activation`` behind it: the exact value before the last ReLU of a residual block
+  (of a stage: of its last block).
+
+Hooks are on the model only inside :meth:`Taps.recording`, so that outside a training step the model is untouched.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, DeformBottleneckBlock
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kd_det.errors import unknown_name
+
+__all__ = ["PRE_ACTIVATION", "Taps", "tap_names", "tap_shape"]
+
+PRE_ACTIVATION = "pre_activation"
+
+_RELUS = {torch.relu, torch.relu_, F.relu, Tensor.relu, Tensor.relu_}
+_BLOCKS_ENDING_IN_RELU = (BasicBlock, BottleneckBlock, DeformBottleneckBlock)
+
+
+class _ReLUInput(TorchFunctionMode):
+    """
+    Inside a block, runs every ReLU out of place and remembers the input and output of the latest one.
+
+    Blocks end in an in-place ReLU, so a forward hook on any of their modules sees the value only after it was
+    overwritten. Running the ReLU out of place keeps the value with its graph at the price of one map of memory, and
+    changes no output bit.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.input: Optional[Tensor] = None
+        self.output: Optional[Tensor] = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in _RELUS:
+            return func(*args, **kwargs)
+        self.input = args[0] if args else kwargs["input"]
+        self.output = torch.relu(self.input)
+        return self.output
+
+
+class _Complete(Exception):
+    """Raised by the hook that fills the last tap, to leave a forward whose rest nobody reads."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    module: nn.Module
+    key: Optional[str] = None  # of a module that returns a dict of maps
+    pre_activation: bool = False
+
+
+class Taps:
+    """
+    Records the features at named places while a model runs.
+
+    Example::
+
+        taps = Taps(model, ["p3", "res4.pre_activation"])
+        with taps.recording():
+            losses = model(batched_inputs)
+        features = taps.pop()  # {"p3": [Tensor], "res4.pre_activation": [Tensor]}
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], *, side: str = "model"):
+        """
+        Args:
+            model: a detector with ``.backbone``, or a backbone.
+            names: the places; repeated names count once.
+            side: what messages call the model, e.g. "student".
+
+        Raises:
+            ValueError: a name that names no place; says the nearest ones that do.
+        """
+        self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
+        self._values: Dict[str, List[Tuple[Tensor, int]]] = {}
+        self._recording = False
+
+    @property
+    def names(self) -> List[str]:
+        return list(self._places)
+
+    def within(self, module: nn.Module) -> bool:
+        """Whether running ``module`` fills every tap."""
+        inside = set(module.modules())
+        return all(place.module in inside for place in self._places.values())
+
+    @contextlib.contextmanager
+    def recording(self, *, stop_when_complete: bool = False):
+        """
+        Record what the model computes inside this context. An exception inside leaves nothing recorded.
+
+        Args:
+            stop_when_complete: leave the forward, and the context, as soon as every place has been read once.
+
+        Raises:
+            RuntimeError: the context is entered inside itself.
+        """
+        if self._recording:
+            raise RuntimeError("these taps are recording already: one forward at a time")
+        self._values = {name: [] for name in self._places}
+        handles = []
+        self._recording = True
+        try:
+            for name, place in self._places.items():
+                handles += self._attach(name, place, stop_when_complete)
+            yield self
+        except _Complete:
+            pass
+        except BaseException:
+            self._values = {}
+            raise
+        finally:
+            self._recording = False
+            for handle in handles:
+                handle.remove()
+
+    def pop(self) -> Dict[str, List[Tensor]]:
+        """
+        Every place's maps, one for each time its module ran, in order. Reading empties.
+
+        Raises:
+            RuntimeError: a place whose module did not run inside :meth:`recording`, or whose value the network
+                overwrote after it was read (an in-place ReLU behind an inner convolution).
+        """
+        values, self._values = self._values, {}
+        silent = [name for name in self._places if not values.get(name)]
+        if silent:
+            raise RuntimeError(f"nothing was recorded at {silent}: their modules did not run in the forward")
+        for name, maps in values.items():
+            if any(value._version != version for value, version in maps):
+                raise RuntimeError(
+                    f"tap {name!r}: the network overwrote this module's output in place, so its value is gone; "
+                    f"tap the block around it, or the block's {PRE_ACTIVATION}."
+                )
+        return {name: [value for value, _ in maps] for name, maps in values.items()}
+
+    def _attach(self, name: str, place: _Place, stop: bool):
+        def record(value):
+            self._values[name].append((value, value._version))
+            if stop and all(self._values.values()):
+                raise _Complete
+
+        if not place.pre_activation:
+
+            def read_output(module, args, output):
+                record(output if place.key is None else output[place.key])
+
+            return [place.module.register_forward_hook(read_output)]
+
+        modes: List[_ReLUInput] = []
+
+        def enter(module, args):
+            modes.append(_ReLUInput())
+            modes[-1].__enter__()
+
+        def leave(module, args, output):
+            mode = modes.pop()
+            mode.__exit__(None, None, None)
+            if output is None:  # the block raised
+                return
+            if mode.output is not output:
+                raise RuntimeError(
+                    f"tap {name!r}: the output of {type(module).__name__} is not that of a ReLU, so there is no "
+                    f"pre-activation to read; tap the block's output, {name[: -len(PRE_ACTIVATION) - 1]!r}, instead."
+                )
+            if output.requires_grad and not mode.input.requires_grad:
+                raise RuntimeError(
+                    f"tap {name!r} is inside reentrant activation checkpointing, which hides it from autograd: "
+                    f"checkpoint with use_reentrant=False."
+                )
+            record(mode.input)
+
+        return [
+            place.module.register_forward_pre_hook(enter),
+            place.module.register_forward_hook(leave, always_call=True),
+        ]
+
+
+def tap_names(model: nn.Module) -> List[str]:
+    """The levels that can be tapped by name, pre-activations behind their stages. Dotted module names work besides."""
+    names = []
+    for network in _networks(model):
+        stages = _stages(network)
+        for level in list(stages) + list(_output_shape(network)):
+            names.append(level)
+            if level in stages and isinstance(_last_block(stages[level]), _BLOCKS_ENDING_IN_RELU):
+                names.append(f"{level}.{PRE_ACTIVATION}")
+    return list(dict.fromkeys(names))
+
+
+def tap_shape(model: nn.Module, name: str, *, side: str = "model") -> ShapeSpec:
+    """
+    Channels of a place (and stride, for a level), without running the model.
+
+    Raises:
+        ValueError: no such place, or one whose channels no module declares.
+    """
+    place = _find_place(model, name, side)
+    level = name[: -len(PRE_ACTIVATION) - 1] if place.pre_activation else name
+    for network in _networks(model):
+        shape = _output_shape(network).get(level)
+        if shape is not None:
+            return shape
+        channels = getattr(network, "_out_feature_channels", {}).get(level)
+        if channels is not None:
+            return ShapeSpec(channels=channels, stride=network._out_feature_strides[level])
+    for attribute in ("out_channels", "out_features", "num_features"):
+        channels = getattr(_last_block(place.module), attribute, None)
+        if isinstance(channels, int):
+            return ShapeSpec(channels=channels)
+    raise ValueError(
+        f"The channels of {side} tap {name!r} are unknown: {type(place.module).__name__} has no out_channels. "
+        f"Losses with a connector need a level or a convolution: {', '.join(tap_names(model))}."
+    )
+
+
+def _networks(model: nn.Module) -> List[nn.Module]:
+    """The backbone and, for a feature pyramid, what it is built on."""
+    networks = [getattr(model, "backbone", model)]
+    while isinstance(getattr(networks[-1], "bottom_up", None), nn.Module):
+        networks.append(networks[-1].bottom_up)
+    return networks
+
+
+def _output_shape(network: nn.Module) -> Dict[str, ShapeSpec]:
+    shape = network.output_shape() if hasattr(network, "output_shape") else {}
+    return shape if isinstance(shape, dict) else {}
+
+
+def _stages(network: nn.Module) -> Dict[str, nn.Module]:
+    """The modules whose outputs are levels by name, also those that ``out_features`` leaves out."""
+    names = getattr(network, "_out_feature_channels", {})
+    return {name: getattr(network, name) for name in names if isinstance(getattr(network, name, None), nn.Module)}
+
+
+def _last_block(stage: nn.Module) -> nn.Module:
+    while isinstance(stage, nn.Sequential) and len(stage):
+        stage = stage[-1]
+    return stage
+
+
+def _find_place(model: nn.Module, name: str, side: str) -> _Place:
+    suffix = f".{PRE_ACTIVATION}"
+    if name.endswith(suffix):
+        place = _find_place(model, name[: -len(suffix)], side)
+        block = _last_block(place.module)
+        if place.key is not None or not isinstance(block, _BLOCKS_ENDING_IN_RELU):
+            found = f"level {place.key!r}" if place.key is not None else type(block).__name__
+            raise ValueError(
+                f"The {side} has no tap {name!r}: {found} does not end in a ReLU over a residual sum. "
+                f"Valid names: {', '.join(tap_names(model))}."
+            )
+        return _Place(block, pre_activation=True)
+
+    for network in _networks(model):
+        # A stage's own module is preferred to the key of the network's output: it is filled before the network ends.
+        if name in _stages(network):
+            return _Place(_stages(network)[name])
+        if name in _output_shape(network):
+            return _Place(network, key=name)
+    modules = dict(model.named_modules())
+    for prefix in ("", "backbone.", "backbone.bottom_up."):
+        if name and prefix + name in modules:
+            return _Place(modules[prefix + name])
+    levels = tap_names(model)
+    raise ValueError(unknown_name(f"tap of the {side}", name, levels) + " Dotted module names work too.")
