@@ -1,4 +1,4 @@
-"""Every ``KD.*`` key. A project of your own calls :func:`add_kd_config` as it calls Detectron2's ``add_pointrend_config``."""
+"""Every ``KD.*`` key. A project calls :func:`add_kd_config` as it calls Detectron2's ``add_pointrend_config``."""
 
 from detectron2.config import CfgNode as CN
 
@@ -34,7 +34,7 @@ def add_kd_config(cfg: CN) -> None:
     """Add the ``KD`` node to a Detectron2 config, in place. No existing key is changed."""
     cfg.KD = CN()
 
-    # Class names in DISTILLATION_LOSS_REGISTRY, e.g. ("NSTLoss", "SoftTargetLoss"). Empty: plain training of the student.
+    # Class names in DISTILLATION_LOSS_REGISTRY, e.g. ("NSTLoss", "SoftTargetLoss"). Empty: plain training.
     cfg.KD.LOSSES = ()
     # Iterations of linear warm-up of every distillation loss (0: none).
     cfg.KD.WARMUP_ITERS = 0
@@ -66,3 +66,37 @@ def add_kd_config(cfg: CN) -> None:
     node = add_loss_config(cfg, "SOFT_TARGET", weight=1.0)
     # T: both softmaxes are taken at logits / T, and the loss is multiplied by T^2.
     node.TEMPERATURE = 2.0
+
+    # AT, attention transfer (arXiv 1612.03928), activation-based; the weight is beta / 2 of Eq. 2.
+    node = add_loss_config(cfg, "AT", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    # F: "sum" (sum_c |A_c|), "sum_pow" (sum_c |A_c|^P) or "max_pow" (max_c |A_c|^P).
+    node.MAPPING = "sum_pow"
+    # p of the mapping.
+    node.P = 2
+    # "image": summed over positions, as Eq. 2; "element": their mean, as published code, smaller by H W.
+    node.REDUCTION = "image"
+
+    # OFD, overhaul of feature distillation (arXiv 1904.01866).
+    stages = ("res2", "res3", "res4", "res5")
+    node = add_loss_config(cfg, "OVERHAUL", weight=1.0, taps=tuple(f"{stage}.pre_activation" for stage in stages))
+    # Of the margin ReLU: "calibrated" (negative responses to the first training images), "running" (to all images so
+    # far) or "norm" (closed form from the last norm's weight and bias, refused where it does not hold).
+    node.MARGIN = "calibrated"
+    # Images that "calibrated" looks at before step 0.
+    node.CALIBRATION_IMAGES = 64
+    # Norm behind each 1x1 connector: "BN", or "SyncBN" with few images a GPU.
+    node.CONNECTOR_NORM = "BN"
+    # "position": an image's sum divided by its number of positions; "sum": the published one.
+    node.REDUCTION = "position"
+
+    # SP, similarity-preserving (arXiv 1907.09682); the weight is gamma of Eq. 4.
+    node = add_loss_config(cfg, "SIMILARITY", weight=1.0, taps=("p5",))
+    # "regions": of the student's sampled proposals (taps are not read); "images": of all ranks, at the taps.
+    node.SAMPLES = "regions"
+    # With "images", each map is average-pooled to GRID x GRID.
+    node.GRID = 8
+
+    # Hints (FitNets, arXiv 1412.6550).
+    node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    # Norm behind each 1x1 connector; "": none.
+    node.CONNECTOR_NORM = ""

@@ -1,20 +1,22 @@
-"""The meta-architecture that trains a student with its own losses and distillation losses, and in eval is the student."""
+"""The meta-architecture that trains a student on its own and distillation losses, and in eval is the student."""
 
 import contextlib
+import functools
 import logging
-import random
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.compat import has_event_storage
 from kd_det.errors import unknown_name
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
+from kd_det.random_state import preserved_random_state
 from kd_det.regions import RegionHead, Regions, RegionTaps
 from kd_det.taps import Taps
 from kd_det.teacher import Teacher, build_teacher
@@ -46,6 +48,7 @@ class Distiller(nn.Module):
         teacher: Optional[nn.Module] = None,
         losses: Sequence[DistillationLoss] = (),
         input_format: Optional[str] = None,
+        calibration_batches: Optional[Callable[[int], Iterable[List[Dict]]]] = None,
     ):
         """
         Args:
@@ -55,6 +58,8 @@ class Distiller(nn.Module):
                 without losses.
             losses: what is distilled; without any, training is the plain student's, bit for bit.
             input_format: channel order of the images in the batches; default: the student's ``input_format``.
+            calibration_batches: called with a number of images before the first step, if a loss wants to observe the
+                teacher on some (calibrated margins); gives this rank's share of them. Default: the first batch.
 
         Raises:
             ValueError: a tap that does not exist, a loss that the networks cannot serve, losses without a teacher,
@@ -68,6 +73,7 @@ class Distiller(nn.Module):
                 raise ValueError(f"Two losses are named {loss.name!r}; give one of their classes another name.")
             self.losses[loss.name] = loss
         self.input_format = input_format or getattr(student, "input_format", None)
+        self._calibration_batches = calibration_batches
         self._teacher: Optional[Teacher] = None
         self._region_taps: Optional[RegionTaps] = None
         self._teacher_head: Optional[RegionHead] = None
@@ -95,9 +101,10 @@ class Distiller(nn.Module):
         ret = {"student": student, "input_format": cfg.INPUT.FORMAT}
         if enabled_loss_classes(cfg):
             # What distillation draws at random must not shift what training draws after it.
-            with _preserved_random_state():
+            with preserved_random_state():
                 ret["teacher"] = build_teacher(cfg)
                 ret["losses"] = build_losses(cfg, student, ret["teacher"])
+            ret["calibration_batches"] = functools.partial(first_training_batches, cfg)
         return ret
 
     @property
@@ -132,13 +139,17 @@ class Distiller(nn.Module):
             losses = self.student(batched_inputs)
             return {**losses, **{self.losses[name].key: _zero(self.losses[name]) for name in factors}}
 
+        wanted = max(loss.images_to_observe() for loss in self.losses.values())
+        if wanted:
+            has_source = self._calibration_batches is not None
+            with preserved_random_state():
+                self.calibrate(self._calibration_batches(wanted) if has_source else [batched_inputs])
+
         losses, features, canvas, stages = self._run_student(batched_inputs)
-        teacher_features, teacher_outputs = self._teacher(
-            batched_inputs, input_format=self.input_format, canvas=canvas, device=self.device
-        )
+        teacher_features, teacher_outputs = self._run_teacher(batched_inputs, canvas)
         self._warn_of_frozen_taps(features)
         regions = Regions(
-            [tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            image_sizes(batched_inputs),
             canvas,
             instances=[x["instances"] for x in batched_inputs] if "instances" in batched_inputs[0] else None,
             student_stages=stages,
@@ -155,6 +166,31 @@ class Distiller(nn.Module):
             losses[loss.key] = factors[name] * value
         self._check_finite({loss.key: losses[loss.key] for loss in self.losses.values()})
         return losses
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[List[Dict]]) -> None:
+        """
+        Show the teacher's responses to the losses that calibrate themselves on some images (margins). Done before
+        the first training step, on the training set's first images; call it to choose the images yourself.
+
+        Args:
+            batches: batched inputs. In a distributed run every rank brings as many batches, and all see the same result.
+        """
+        observers = [loss for loss in self.losses.values() if loss.images_to_observe()]
+        images = 0
+        for batched_inputs in batches:
+            sizes = image_sizes(batched_inputs)
+            divisibility = max(self.student.backbone.size_divisibility, 1)
+            canvas = tuple(-(-max(side) // divisibility) * divisibility for side in zip(*sizes))
+            features, _ = self._run_teacher(batched_inputs, canvas)
+            regions = Regions(sizes, canvas)
+            for loss in observers:
+                loss.observe(_at(features, loss.teacher_taps), regions)
+            images += len(sizes)
+        logger.info(f"Calibrated {[loss.key for loss in observers]} on {images} images of this rank.")
+
+    def _run_teacher(self, batched_inputs, canvas: Tuple[int, int]):
+        return self._teacher(batched_inputs, input_format=self.input_format, canvas=canvas, device=self.device)
 
     def _factors(self) -> Dict[str, float]:
         if not self.losses:
@@ -246,6 +282,25 @@ def student_cfg(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def first_training_batches(cfg: CfgNode, num_images: int) -> Iterator[List[Dict]]:
+    """
+    This rank's share of the first images of ``DATASETS.TRAIN``, one a batch, as the test-time mapper reads them: no
+    augmentation, no random number.
+    """
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=False
+    )
+    world_size = comm.get_world_size()
+    per_rank = max(min(num_images, len(dicts)) // world_size, 1)
+    mapper = DatasetMapper(cfg, is_train=False)
+    for index in range(per_rank):
+        yield [mapper(dicts[(index * world_size + comm.get_rank()) % len(dicts)])]
+
+
+def image_sizes(batched_inputs: List[Dict]) -> List[Tuple[int, int]]:
+    return [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+
+
 def _at(features: Dict[str, List[Tensor]], taps: Sequence[str]) -> List[Tensor]:
     return [value for tap in taps for value in features[tap]]
 
@@ -254,12 +309,3 @@ def _zero(loss: nn.Module) -> Tensor:
     """A loss that is off: 0, with a path to its connectors so that DDP finds a gradient for every parameter."""
     parameters = list(loss.parameters())
     return sum((p.sum() * 0 for p in parameters), torch.zeros((), device=parameters[0].device if parameters else None))
-
-
-@contextlib.contextmanager
-def _preserved_random_state():
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    np.random.set_state(numpy)
-    random.setstate(python)

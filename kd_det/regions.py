@@ -205,6 +205,7 @@ class Regions:
             raise RuntimeError("regions were not recorded: the loss must declare needs_regions = True")
         if self._pairs is None:
             self._pairs = [
-                (student, self._ask_teacher(boxes, stage)) for stage, (boxes, student) in enumerate(self._student_stages)
+                (student, self._ask_teacher(boxes, stage))
+                for stage, (boxes, student) in enumerate(self._student_stages)
             ]
         return self._pairs

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from kd_det.errors import unknown_name
 
-__all__ = ["PRE_ACTIVATION", "Taps", "tap_names", "tap_shape"]
+__all__ = ["PRE_ACTIVATION", "Taps", "tap_module", "tap_names", "tap_shape"]
 
 PRE_ACTIVATION = "pre_activation"
 
@@ -229,6 +229,11 @@ def tap_shape(model: nn.Module, name: str, *, side: str = "model") -> ShapeSpec:
         f"The channels of {side} tap {name!r} are unknown: {type(place.module).__name__} has no out_channels. "
         f"Losses with a connector need a level or a convolution: {', '.join(tap_names(model))}."
     )
+
+
+def tap_module(model: nn.Module, name: str, *, side: str = "model") -> nn.Module:
+    """The module that a place belongs to; for a pre-activation, its residual block."""
+    return _find_place(model, name, side).module
 
 
 def _networks(model: nn.Module) -> List[nn.Module]:

@@ -51,7 +51,7 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     teacher_cfg.MODEL.WEIGHTS = weights or teacher_cfg.MODEL.WEIGHTS
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if not teacher_cfg.MODEL.WEIGHTS:
-        raise ValueError(f"The teacher {name!r} has no weights: set KD.TEACHER.WEIGHTS (a random teacher teaches noise).")
+        raise ValueError(f"The teacher {name!r} has no weights, and a random one teaches noise: set KD.TEACHER.WEIGHTS.")
     teacher_cfg.freeze()
     return teacher_cfg
 
@@ -72,16 +72,26 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
         FileNotFoundError: the weights' file does not exist.
     """
     teacher_cfg = get_teacher_cfg(cfg)
-    registered = dict(iter(META_ARCH_REGISTRY))
-    if teacher_cfg.MODEL.META_ARCHITECTURE not in registered:
-        raise ValueError(unknown_name("teacher meta-architecture", teacher_cfg.MODEL.META_ARCHITECTURE, registered))
-    model = registered[teacher_cfg.MODEL.META_ARCHITECTURE](teacher_cfg)
+    model = build_teacher_architecture(teacher_cfg)
     if getattr(model, "input_format", None) is None:
         model.input_format = teacher_cfg.INPUT.FORMAT
     load_strictly(model, teacher_cfg.MODEL.WEIGHTS, who=f"teacher {cfg.KD.TEACHER.CONFIG_FILE!r}")
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(f"Teacher {cfg.KD.TEACHER.CONFIG_FILE}: {parameters:,} parameters from {teacher_cfg.MODEL.WEIGHTS}")
     return model.to(teacher_cfg.MODEL.DEVICE).eval().requires_grad_(False)
+
+
+def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
+    """
+    The network of :func:`get_teacher_cfg`, without its weights.
+
+    Raises:
+        ValueError: an unknown meta-architecture.
+    """
+    registered = dict(iter(META_ARCH_REGISTRY))
+    if teacher_cfg.MODEL.META_ARCHITECTURE not in registered:
+        raise ValueError(unknown_name("teacher meta-architecture", teacher_cfg.MODEL.META_ARCHITECTURE, registered))
+    return registered[teacher_cfg.MODEL.META_ARCHITECTURE](teacher_cfg)
 
 
 def _zoo_config_file(name: str) -> str:

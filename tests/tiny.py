@@ -74,7 +74,7 @@ def tiny_cfg(*, depth: int = 18, width: int = 4, fpn: int = 8, **opts) -> CfgNod
 
 
 def distillation_cfg(tmp_path, *losses: str, teacher=None, **opts) -> CfgNode:
-    """A tiny student's config with a tiny teacher, its config and (random but saved) weights written to ``tmp_path``."""
+    """A tiny student's config with a tiny teacher, whose config and (random) weights are written to ``tmp_path``."""
     teacher = teacher or tiny_cfg(depth=50, width=8)
     torch.manual_seed(1)
     torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")

@@ -1,5 +1,39 @@
 """Distillation losses: the functions, and the registered modules that own their connectors and margins."""
 
+from kd_det.losses.attention_transfer import (
+    AttentionTransferLoss,
+    attention_map,
+    attention_transfer_loss,
+    gradient_attention_loss,
+)
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, build_losses, loss_class
+from kd_det.losses.hint import HintLoss, hint_loss
+from kd_det.losses.nst import NSTLoss, nst_loss
+from kd_det.losses.overhaul import OverhaulLoss, margin_from_norm, margin_relu, overhaul_loss, partial_l2_loss
+from kd_det.losses.similarity import SimilarityLoss, similarity_preserving_loss
+from kd_det.losses.soft_target import SoftTargetLoss, bounded_regression_loss, soft_target_loss
 
-__all__ = ["DISTILLATION_LOSS_REGISTRY", "DistillationLoss", "build_losses", "loss_class"]
+__all__ = [
+    "DISTILLATION_LOSS_REGISTRY",
+    "AttentionTransferLoss",
+    "DistillationLoss",
+    "HintLoss",
+    "NSTLoss",
+    "OverhaulLoss",
+    "SimilarityLoss",
+    "SoftTargetLoss",
+    "attention_map",
+    "attention_transfer_loss",
+    "bounded_regression_loss",
+    "build_losses",
+    "gradient_attention_loss",
+    "hint_loss",
+    "loss_class",
+    "margin_from_norm",
+    "margin_relu",
+    "nst_loss",
+    "overhaul_loss",
+    "partial_l2_loss",
+    "similarity_preserving_loss",
+    "soft_target_loss",
+]

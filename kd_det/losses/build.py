@@ -1,12 +1,14 @@
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
+from kd_det.taps import tap_shape
 
-__all__ = ["DISTILLATION_LOSS_REGISTRY", "DistillationLoss", "build_losses", "loss_class"]
+__all__ = ["DISTILLATION_LOSS_REGISTRY", "NO_IMAGES", "DistillationLoss", "build_losses", "loss_class", "tap_channels"]
 
 DISTILLATION_LOSS_REGISTRY = Registry("DISTILLATION_LOSS")
 DISTILLATION_LOSS_REGISTRY.__doc__ = """
@@ -16,6 +18,10 @@ A registered class is built by ``cls(cfg, student, teacher)``: its ``from_config
 both models (to read channels, class counts, norm layers) and returns the arguments of ``__init__``, which sees none.
 It is called by ``loss(student, teacher, regions)``, see :meth:`DistillationLoss.forward`.
 """
+
+
+# An empty batch: a loss function called with it only checks its options.
+NO_IMAGES = torch.empty(0, 1, 1, 1)
 
 
 class DistillationLoss(nn.Module):
@@ -95,6 +101,29 @@ class DistillationLoss(nn.Module):
             return self.weight * (iteration + 1) / self.warmup_iters
         return self.weight
 
+    def images_to_observe(self) -> int:
+        """How many images :meth:`observe` still wants to see before the first training step."""
+        return 0
+
+    def observe(self, teacher: List[Tensor], regions) -> None:
+        """Take in the teacher's maps of a batch without training; see :meth:`images_to_observe`."""
+
+    def pairs(
+        self, student: List[Tensor], teacher: List[Tensor], regions
+    ) -> List[Tuple[Tensor, Tensor, Optional[Tensor]]]:
+        """
+        The maps to compare with the mask of their valid positions at the student's size (None: all).
+
+        Raises:
+            ValueError: the networks ran the tapped modules different numbers of times (other numbers of levels).
+        """
+        if len(student) != len(teacher):
+            raise ValueError(
+                f"{type(self).__name__}: the student taps {self.student_taps} gave {len(student)} maps and the teacher "
+                f"taps {self.teacher_taps} gave {len(teacher)}; the networks' numbers of levels differ."
+            )
+        return [(s, t, regions.valid(s) if s.dim() == 4 else None) for s, t in zip(student, teacher)]
+
     def forward(self, student: List[Tensor], teacher: List[Tensor], regions) -> Tensor:
         """
         Args:
@@ -107,6 +136,16 @@ class DistillationLoss(nn.Module):
             A scalar, without the factor ``weight``.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(student, teacher, regions)")
+
+
+def tap_channels(arguments: Dict, student: nn.Module, teacher: nn.Module) -> Dict[str, List[int]]:
+    """``student_channels`` and ``teacher_channels`` at the taps in a loss' arguments, for losses with connectors."""
+    student_taps = arguments["student_taps"]
+    teacher_taps = arguments["teacher_taps"] or student_taps
+    return {
+        "student_channels": [tap_shape(student, tap, side="student").channels for tap in student_taps],
+        "teacher_channels": [tap_shape(teacher, tap, side="teacher").channels for tap in teacher_taps],
+    }
 
 
 def loss_class(name: str):

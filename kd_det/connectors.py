@@ -1,0 +1,32 @@
+"""From the student's channels to the teacher's."""
+
+from collections.abc import Sequence
+
+from detectron2.layers import Conv2d, get_norm
+from torch import nn
+
+__all__ = ["build_connectors"]
+
+
+def build_connectors(
+    student_channels: Sequence[int], teacher_channels: Sequence[int], *, norm: str = ""
+) -> nn.ModuleList:
+    """
+    One 1x1 convolution a pair of taps, initialised as the overhaul paper's code does (normal, variance 2 / Ct).
+
+    Args:
+        student_channels: Cs of each student map.
+        teacher_channels: Ct of each teacher map.
+        norm: a norm of Detectron2 behind it ("BN", "SyncBN", "GN", ...); then the convolution has no bias. "": none.
+
+    Returns:
+        Modules from (N, Cs, H, W) to (N, Ct, H, W).
+    """
+    connectors = nn.ModuleList()
+    for cs, ct in zip(student_channels, teacher_channels):
+        connector = Conv2d(cs, ct, kernel_size=1, bias=norm == "", norm=get_norm(norm, ct))
+        nn.init.normal_(connector.weight, std=(2 / ct) ** 0.5)
+        if connector.bias is not None:
+            nn.init.zeros_(connector.bias)
+        connectors.append(connector)
+    return connectors

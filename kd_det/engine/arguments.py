@@ -1,0 +1,130 @@
+"""The command line of the training tools, and the config it asks for."""
+
+import argparse
+import os
+import re
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser
+
+from kd_det.config import add_kd_config
+from kd_det.distiller import build_student
+from kd_det.engine.cli import UserError
+from kd_det.losses import loss_class
+from kd_det.random_state import preserved_random_state
+from kd_det.teacher import build_teacher_architecture, get_teacher_cfg
+
+__all__ = ["add_teacher", "argument_parser", "load_config", "parse_arguments"]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments, and the shortest way from a plain config to a distillation run."""
+    parser = default_argument_parser()
+    group = parser.add_argument_group("distillation of a plain Detectron2 config")
+    group.add_argument("--teacher", metavar="NAME_OR_YAML", help="the teacher's config: a file or a model-zoo name")
+    group.add_argument("--teacher-weights", metavar="FILE", default="", help="default: the zoo entry's checkpoint")
+    group.add_argument(
+        "--losses", metavar="NST,...", help="default: NST,SoftTarget if both have ROI heads, NST otherwise"
+    )
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+    """Parse and check what argparse cannot; a wrong command line ends with exit status 2, as argparse does."""
+    args = parser.parse_args(argv)
+    if args.num_gpus < 1 or args.num_machines < 1:
+        parser.error(f"--num-gpus and --num-machines must be at least 1, found {args.num_gpus}, {args.num_machines}")
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(f"--machine-rank must be in 0..{args.num_machines - 1}, found {args.machine_rank}")
+    if args.dist_url == "auto" and args.num_machines > 1:
+        parser.error("--dist-url auto works on one machine; several need the first one's address, tcp://HOST:PORT")
+    if (args.losses or args.teacher_weights) and not args.teacher:
+        parser.error("--losses and --teacher-weights need --teacher")
+    if len(args.opts) % 2 or any(not re.fullmatch(r"[A-Z0-9_]+(\.[A-Za-z0-9_]+)*", key) for key in args.opts[::2]):
+        parser.error(f"expected KEY VALUE pairs at the end, such as SOLVER.BASE_LR 0.01; found {' '.join(args.opts)}")
+    return args
+
+
+def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
+    """
+    The config of a run: defaults, ``--config-file``, the arguments of the teacher, ``KEY VALUE`` pairs.
+
+    Args:
+        args: see :func:`argument_parser`.
+        add_configs: functions that add the nodes of other packages to a config, as ``add_kd_config`` does.
+
+    Raises:
+        ValueError: a file that is not a config, an unknown key or a value of another type.
+        OSError: a file that cannot be read.
+    """
+    cfg = get_cfg()
+    for add_config in (add_kd_config, *add_configs):
+        add_config(cfg)
+    if args.config_file:
+        _merge(args.config_file, cfg.merge_from_file, _existing(args.config_file))
+    if args.teacher:
+        losses = args.losses.split(",") if args.losses else None
+        add_teacher(cfg, args.teacher, weights=args.teacher_weights, losses=losses)
+    _merge("KEY VALUE", cfg.merge_from_list, args.opts)
+    cfg.freeze()
+    return cfg
+
+
+def add_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -> None:
+    """
+    Turn the config of any detector into one that distils a teacher into it, in place.
+
+    Args:
+        cfg: a config with the KD node; a plain one's meta-architecture becomes the student's.
+        teacher: config file or model-zoo name.
+        weights: the teacher's weights; empty: the zoo entry's checkpoint, or the config's.
+        losses: names of losses; None: ``NST`` and, where both networks have ROI heads, ``SoftTarget``.
+            Their taps on pyramid levels are restricted to the levels that both backbones have.
+
+    Raises:
+        ValueError: an unknown teacher, meta-architecture or loss, or no level in common.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        cfg.KD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.KD.TEACHER.CONFIG_FILE = teacher
+    cfg.KD.TEACHER.WEIGHTS = weights
+    on_cpu = cfg.clone()
+    on_cpu.MODEL.DEVICE = "cpu"
+    with preserved_random_state():
+        networks = build_student(on_cpu), build_teacher_architecture(get_teacher_cfg(on_cpu))
+    if losses is None:
+        with_regions = all(getattr(network, "roi_heads", None) is not None for network in networks)
+        losses = ("NST", "SoftTarget") if with_regions else ("NST",)
+    cfg.KD.LOSSES = tuple(losses)
+    shapes = [network.backbone.output_shape() for network in networks]
+    shared = [level for level in shapes[0] if level in shapes[1]]
+    for loss in losses:
+        node = cfg.KD[loss_class(loss).name.upper()]
+        levels = [tap for tap in node.STUDENT_TAPS if re.fullmatch(r"p\d+", tap)]
+        if levels and len(levels) == len(node.STUDENT_TAPS) and not set(levels) <= set(shared):
+            if not shared:
+                raise ValueError(
+                    f"The backbones have no level in common: the student's are {', '.join(shapes[0])}, the teacher's "
+                    f"{', '.join(shapes[1])}; pair them by KD.{loss_class(loss).name.upper()}.STUDENT_TAPS and TEACHER_TAPS."
+                )
+            node.STUDENT_TAPS = tuple(level for level in levels if level in shared) or tuple(shared)
+
+
+def _existing(path: str) -> str:
+    if os.path.isdir(path):
+        raise UserError(f"--config-file {path!r} is a folder; expected a yaml file")
+    if "://" not in path and not os.path.exists(path):
+        raise FileNotFoundError(f"--config-file {path!r} does not exist")
+    return path
+
+
+def _merge(where: str, merge, what) -> None:
+    try:
+        merge(what)
+    except yaml.YAMLError as e:
+        raise UserError(f"{where} is not a yaml config: {e}") from e
+    except (KeyError, AssertionError, TypeError, AttributeError, ValueError) as e:  # yacs raises all of these
+        message = e.args[0] if e.args else type(e).__name__
+        raise UserError(f"{where}: {message}") from e

@@ -1,0 +1,149 @@
+"""What every loss on feature maps needs before its formula: checks, float32, one spatial size, the valid mask."""
+
+import functools
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Maps", "full_precision", "match_maps", "pool_to", "to_float", "unit_rows", "zero_loss"]
+
+
+class Maps(NamedTuple):
+    """Student and teacher at one spatial size and in one float type; see :func:`match_maps`."""
+
+    student: Tensor
+    teacher: Tensor
+    valid: Optional[Tensor]
+
+    @property
+    def empty(self) -> bool:
+        return self.student.numel() == 0 or self.teacher.numel() == 0
+
+    @property
+    def invalid(self) -> Optional[Tensor]:
+        return None if self.valid is None else ~self.valid
+
+    def positions(self) -> Tensor:
+        """(N,): how many valid positions each image has, at least 1 so that it can divide."""
+        n, _, h, w = self.student.shape
+        if self.valid is None:
+            return self.student.new_full((n,), h * w)
+        return self.valid.sum((1, 2, 3)).clamp(min=1).to(self.student.dtype)
+
+
+def full_precision(function):
+    """Runs ``function`` with autocast off on the device of its first tensor. Casting is left to :func:`to_float`."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def to_float(name: str, student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
+    """
+    Both in float32 (float64 where one of them is), the teacher without its graph.
+
+    Raises:
+        ValueError: no tensor, not floating point, or on different devices.
+    """
+    for side, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: the {side} must be a floating-point tensor, found {found}.")
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{name}: student and teacher must be on one device, found {student.device} and {teacher.device}."
+        )
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def match_maps(
+    name: str, student: Tensor, teacher: Tensor, valid: Optional[Tensor] = None, same_channels: bool = False
+) -> Maps:
+    """
+    Checks two feature maps, and brings them to one float type and, by :func:`pool_to`, to one spatial size.
+
+    Args:
+        name: the loss, for the messages.
+        student: (N, Cs, Hs, Ws).
+        teacher: (N, Ct, Ht, Wt); is detached.
+        valid: None or bool (N, 1, H, W) at the size of either map. At the working size, a position is valid if any
+            valid position falls on it.
+        same_channels: whether Cs must equal Ct.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit together; says what was found and expected.
+    """
+    student, teacher = to_float(name, student, teacher)
+    for side, x in (("student", student), ("teacher", teacher)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: the {side}'s features must be (N, C, H, W), found shape {tuple(x.shape)}.")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{name}: student and teacher must hold the same images, found batches of {student.shape[0]} and "
+            f"{teacher.shape[0]}."
+        )
+    if same_channels and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"{name}: needs as many student as teacher channels, found {student.shape[1]} and {teacher.shape[1]}; "
+            f"put a connector on the student."
+        )
+    sizes = (tuple(student.shape[2:]), tuple(teacher.shape[2:]))
+    if valid is not None:
+        expected = [(student.shape[0], 1, *size) for size in dict.fromkeys(sizes)]
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool or tuple(valid.shape) not in expected:
+            found = f"{valid.dtype} {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
+            raise ValueError(
+                f"{name}: valid must be a bool mask of shape {' or '.join(map(str, expected))}, found {found}."
+            )
+        valid = valid.to(student.device)
+    if student.numel() == 0 or teacher.numel() == 0:
+        return Maps(student, teacher, valid)
+    size = tuple(map(min, *sizes))
+    return Maps(
+        pool_to(student, size, valid), pool_to(teacher, size, valid), None if valid is None else _resize(valid, size)
+    )
+
+
+def pool_to(x: Tensor, size: Tuple[int, int], valid: Optional[Tensor] = None) -> Tensor:
+    """Adaptive average pooling of (N, C, H, W) to ``size``, over the valid positions only."""
+    if tuple(x.shape[2:]) == size:
+        return x
+    if valid is None:
+        return F.adaptive_avg_pool2d(x, size)
+    valid = _resize(valid, tuple(x.shape[2:]))
+    # Both averages have the same number of positions below, so their quotient is the average over the valid ones.
+    share = F.adaptive_avg_pool2d(valid.to(x.dtype), size)
+    pooled = F.adaptive_avg_pool2d(x.masked_fill(~valid, 0), size)
+    return pooled / share.masked_fill(share == 0, 1)
+
+
+def _resize(valid: Tensor, size: Tuple[int, int]) -> Tensor:
+    if tuple(valid.shape[2:]) == size:
+        return valid
+    return F.adaptive_max_pool2d(valid.float(), size) > 0
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """
+    (B, D) with each row divided by its L2 norm. A zero row stays zero and has zero gradient, rows far from 1 do not
+    under- or overflow.
+    """
+    peak = x.detach().abs().amax(1, keepdim=True)
+    alive = peak > torch.finfo(x.dtype).tiny
+    # The quotient does not depend on the scale of a row, so the peak needs no gradient.
+    x = x / torch.where(alive, peak, 1)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x * (alive / torch.where(alive, norm, 1))
+
+
+def zero_loss(student: Tensor) -> Tensor:
+    """The loss of an empty batch: 0 with a path to the student."""
+    return student[:0].sum()

@@ -1,0 +1,267 @@
+"""AT, paying more attention to attention: arXiv 1612.03928."""
+
+from typing import Optional
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from kd_det.losses._blocks import blocks
+from kd_det.losses._spatial import full_precision, match_maps, to_float, unit_rows, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss
+
+__all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer_loss", "gradient_attention_loss"]
+
+_MAPPINGS = ("sum", "sum_pow", "max_pow")
+_REDUCTIONS = ("image", "element")
+
+
+@full_precision
+def attention_map(features: Tensor, *, mapping: str = "sum_pow", p: float = 2) -> Tensor:
+    """
+    The spatial attention map of (N, C, H, W) features (section 3.1), unnormalised: per position ``sum_c |A_c|``
+    ("sum"), ``sum_c |A_c|^p`` ("sum_pow") or ``max_c |A_c|^p`` ("max_pow").
+
+    Args:
+        features: (N, C, H, W), of any sign.
+        mapping: one of the three.
+        p: the power, at least 1. "sum" is "sum_pow" with p = 1.
+
+    Returns:
+        (N, H, W), differentiable once.
+
+    Raises:
+        ValueError: features of another shape or type, an unknown mapping, or p < 1.
+    """
+    p = _power("attention_map", mapping, p)
+    if features.dim() != 4 or not features.is_floating_point():
+        raise ValueError(
+            f"attention_map: the features must be floating-point (N, C, H, W), found {features.dtype} of shape "
+            f"{tuple(features.shape)}."
+        )
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if features.numel() == 0:
+        return features.sum(1)
+    return _attention(features, mapping, p, None, None)
+
+
+@full_precision
+def attention_transfer_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mapping: str = "sum_pow",
+    p: float = 2,
+    reduction: str = "image",
+    valid: Optional[Tensor] = None,
+) -> Tensor:
+    """
+    ``| Q_S / |Q_S|_2 - Q_T / |Q_T|_2 |_2^2`` between flattened attention maps Q, see :func:`attention_map`; at most 4.
+
+    The paper (equation 2) takes the norm, not its square, and its published code the mean of the squares over
+    positions as well, which shrinks the loss by H W. Here positions are summed, so that one weight serves every level;
+    the published value is ``reduction="element"``.
+
+    Args:
+        student: (N, Cs, Hs, Ws).
+        teacher: (N, Ct, Ht, Wt); is detached. The larger map is average-pooled to the smaller.
+        mapping, p: see :func:`attention_map`.
+        reduction: "image": summed over positions, averaged over images; "element": averaged over both.
+        valid: bool (N, 1, H, W) at either size: the positions that hold image.
+
+    Returns:
+        A scalar; 0 for an empty batch. A map that is all zeros counts as the zero vector, with zero gradient.
+
+    Raises:
+        ValueError: an unknown mapping or reduction, p < 1; batches, types or a mask that do not fit.
+    """
+    name = "attention_transfer_loss"
+    p = _power(name, mapping, p)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{name}: unknown reduction {reduction!r}. Valid names: {', '.join(_REDUCTIONS)}.")
+    maps = match_maps(name, student, teacher, valid)
+    if maps.empty:
+        return zero_loss(maps.student)
+    distance = _unit_attention(maps.student, mapping, p, maps.invalid) - _unit_attention(
+        maps.teacher, mapping, p, maps.invalid
+    )
+    loss = distance.square().sum(1)
+    return (loss / maps.positions() if reduction == "element" else loss).mean()
+
+
+@full_precision
+def gradient_attention_loss(student_input_grad: Tensor, teacher_input_grad: Tensor) -> Tensor:
+    """
+    Gradient-based attention transfer (section 3.2): ``|J_S - J_T|_2^2`` per image, averaged over images, where J is the
+    gradient of the task loss at the network's input, with the same labels for both.
+
+    Args:
+        student_input_grad: (N, ...), computed with ``create_graph=True``.
+        teacher_input_grad: of the same shape; is detached.
+
+    Returns:
+        A scalar; 0 for an empty batch. It can be differentiated as often as ``student_input_grad`` can.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    student, teacher = to_float("gradient_attention_loss", student_input_grad, teacher_input_grad)
+    if student.dim() == 0 or student.shape != teacher.shape:
+        raise ValueError(
+            f"gradient_attention_loss: both gradients must have one shape (N, ...), found {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}."
+        )
+    if student.numel() == 0:
+        return zero_loss(student)
+    return (student - teacher).square().sum() / student.shape[0]
+
+
+def _power(name: str, mapping: str, p: float) -> float:
+    if mapping not in _MAPPINGS:
+        raise ValueError(f"{name}: unknown mapping {mapping!r}. Valid names: {', '.join(_MAPPINGS)}.")
+    if not 1 <= p < float("inf"):
+        raise ValueError(f"{name}: p must be a number >= 1, found {p}.")
+    return 1 if mapping == "sum" else p
+
+
+def _attention(x: Tensor, mapping: str, p: float, invalid: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
+    if mapping != "max_pow":
+        return _PowerSum.apply(x, p, invalid, scale)
+    peak = _AbsMax.apply(x, invalid)
+    return (peak if scale is None else peak * scale[:, :, 0]).pow(p)
+
+
+def _unit_attention(x: Tensor, mapping: str, p: float, invalid: Optional[Tensor]) -> Tensor:
+    """(N, H W): the attention map divided by its norm."""
+    q = _attention(x, mapping, p, invalid, None)
+    highest = q.detach().flatten(1).amax(1)
+    if not (highest.min() > 1e-24 and highest.max() < 1e30):
+        # The powers left float32's range (or an image is all zeros). The quotient does not depend on the scale of x.
+        with torch.no_grad():
+            peak = _AbsMax.apply(x, invalid).amax((1, 2))[:, None, None, None]
+        q = _attention(x, mapping, p, invalid, 1 / peak.masked_fill(peak < torch.finfo(x.dtype).tiny, 1))
+    return unit_rows(q.flatten(1))
+
+
+class _PowerSum(Function):
+    """(N, H, W): ``sum_c |scale x_c|^p``, 0 at the invalid positions."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, invalid: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
+        cuts = list(blocks(x))
+        total = x.new_zeros((x.shape[0], *x.shape[2:]))
+        scratch = torch.empty_like(x[cuts[0]])
+        for images, channels in cuts:
+            block = x[images, channels]
+            power = scratch[: block.shape[0], : block.shape[1]]
+            if scale is not None:
+                block = torch.mul(block, scale[images], out=power)
+            if p == 2:
+                torch.mul(block, block, out=power)
+            else:
+                torch.abs(block, out=power)
+                power.pow_(p)
+            total[images] += power.sum(1)
+        if invalid is not None:
+            total.masked_fill_(invalid[:, 0], 0)
+        ctx.save_for_backward(x, invalid, scale)
+        ctx.p = p
+        return total
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx, grad: Tensor):
+        x, invalid, scale = ctx.saved_tensors
+        p = ctx.p
+        factor = p * grad[:, None]
+        if scale is not None:
+            factor = factor * scale
+        out = torch.empty_like(x)
+        cuts = list(blocks(x))
+        scratch = torch.empty_like(x[cuts[0]])
+        for images, channels in cuts:
+            block, slope = x[images, channels], out[images, channels]
+            sign = scratch[: block.shape[0], : block.shape[1]]
+            if scale is not None:
+                block = block * scale[images]
+            if p == 2:
+                torch.mul(block, factor[images], out=slope)
+            else:
+                torch.abs(block, out=slope)
+                slope.pow_(p - 1).mul_(torch.sign(block, out=sign)).mul_(factor[images])
+            if invalid is not None:
+                slope.masked_fill_(invalid[images], 0)
+        return out, None, None, None
+
+
+class _AbsMax(Function):
+    """(N, H, W): ``max_c |x_c|``, 0 at the invalid positions. Channels that tie share the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, invalid: Optional[Tensor]) -> Tensor:
+        cuts = list(blocks(x))
+        highest = x.new_zeros((x.shape[0], *x.shape[2:]))
+        scratch = torch.empty_like(x[cuts[0]])
+        for images, channels in cuts:
+            block = x[images, channels]
+            size = torch.abs(block, out=scratch[: block.shape[0], : block.shape[1]])
+            torch.maximum(highest[images], size.amax(1), out=highest[images])
+        if invalid is not None:
+            highest.masked_fill_(invalid[:, 0], 0)
+        ctx.save_for_backward(x, invalid, highest)
+        return highest
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx, grad: Tensor):
+        x, invalid, highest = ctx.saved_tensors
+        out = torch.empty_like(x)
+        highest = highest[:, None]
+        ties = torch.zeros_like(highest)
+        cuts = list(blocks(x))
+        for images, channels in cuts:
+            at_peak = torch.abs(x[images, channels], out=out[images, channels]).eq_(highest[images])
+            ties[images] += at_peak.sum(1, keepdim=True)
+        factor = grad[:, None] / ties.clamp(min=1)
+        scratch = torch.empty_like(x[cuts[0]])
+        for images, channels in cuts:
+            block, slope = x[images, channels], out[images, channels]
+            sign = torch.sign(block, out=scratch[: block.shape[0], : block.shape[1]])
+            slope.mul_(sign).mul_(factor[images])
+            if invalid is not None:
+                slope.masked_fill_(invalid[images], 0)
+        return out, None
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class AttentionTransferLoss(DistillationLoss):
+    """:func:`attention_transfer_loss` summed over the pairs of taps. Attention has no channels: no connector."""
+
+    name = "at"
+
+    @configurable
+    def __init__(self, *, mapping: str = "sum_pow", p: float = 2, reduction: str = "image", **kwargs):
+        """
+        Args:
+            mapping, p, reduction: see :func:`attention_transfer_loss`.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        self.options = {"mapping": mapping, "p": p, "reduction": reduction}
+        attention_transfer_loss(NO_IMAGES, NO_IMAGES, **self.options)  # checks the options
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        node = cfg.KD.AT
+        return {**ret, "mapping": node.MAPPING, "p": node.P, "reduction": node.REDUCTION}
+
+    def forward(self, student, teacher, regions):
+        return sum(
+            attention_transfer_loss(s, t, valid=valid, **self.options)
+            for s, t, valid in self.pairs(student, teacher, regions)
+        )

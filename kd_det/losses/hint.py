@@ -1,0 +1,75 @@
+"""Hints: FitNets, arXiv 1412.6550."""
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor
+
+from kd_det.connectors import build_connectors
+from kd_det.losses._blocks import SquaredResidual
+from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
+
+__all__ = ["HintLoss", "hint_loss"]
+
+
+@full_precision
+def hint_loss(student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = None) -> Tensor:
+    """
+    Mean squared error over channels and valid positions, averaged over images. FitNets (arXiv 1412.6550), equation 3,
+    takes half the squared norm; the mean is used so that one weight serves every size.
+
+    Args:
+        student: (N, C, Hs, Ws), behind a connector.
+        teacher: (N, C, Ht, Wt); is detached. The larger map is average-pooled to the smaller.
+        valid: bool (N, 1, H, W) at either size: the positions that hold image.
+
+    Returns:
+        A scalar; 0 for an empty batch.
+
+    Raises:
+        ValueError: batches, channels, types or a mask that do not fit.
+    """
+    maps = match_maps("hint_loss", student, teacher, valid, same_channels=True)
+    if maps.empty:
+        return zero_loss(maps.student)
+    n, c = maps.student.shape[:2]
+    weights = 1 / (n * c * maps.positions())
+    return SquaredResidual.apply(maps.student, maps.teacher, weights, maps.invalid, _difference)
+
+
+def _difference(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
+    torch.sub(student, teacher, out=out)
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class HintLoss(DistillationLoss):
+    """:func:`hint_loss` after a connector from the student's channels to the teacher's, summed over taps."""
+
+    name = "hint"
+
+    @configurable
+    def __init__(
+        self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], connector_norm: str = "", **kwargs
+    ):
+        """
+        Args:
+            student_channels, teacher_channels: one number a tap.
+            connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        self.connectors = build_connectors(student_channels, teacher_channels, norm=connector_norm)
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, **tap_channels(ret, student, teacher), "connector_norm": cfg.KD.HINT.CONNECTOR_NORM}
+
+    def forward(self, student, teacher, regions):
+        pairs = self.pairs(student, teacher, regions)
+        return sum(
+            hint_loss(connector(s), t, valid=valid) for connector, (s, t, valid) in zip(self.connectors, pairs)
+        )

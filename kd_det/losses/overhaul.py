@@ -1,0 +1,323 @@
+"""
+OFD, a comprehensive overhaul of feature distillation: arXiv 1904.01866. All maps are pre-activation.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from kd_det.connectors import build_connectors
+from kd_det.errors import unknown_name
+from kd_det.losses._blocks import SquaredResidual
+from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
+from kd_det.taps import tap_module
+
+__all__ = ["OverhaulLoss", "margin_from_norm", "margin_relu", "overhaul_loss", "partial_l2_loss"]
+
+_REDUCTIONS = ("position", "sum")
+
+
+def margin_from_norm(weight: Tensor, bias: Tensor) -> Tensor:
+    """
+    The margin E[x | x < 0] of a channel x ~ N(bias, weight^2), as behind a norm layer (section 3.1):
+    ``b - |w| phi(z) / Phi(-z)`` with ``z = b / |w|``; ``min(b, 0)`` where w = 0.
+
+    The published code divides by zero at w = 0, and takes -3 |w| wherever Phi(-z) < 0.001, although the expectation is
+    about -|w| / z there. The expectation is followed.
+
+    Args:
+        weight: (C,), the scale of the norm layer. Its sign does not matter.
+        bias: (C,), its shift.
+
+    Returns:
+        (C,), of the type and on the device of ``weight``, without a graph.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if weight.shape != bias.shape:
+        raise ValueError(
+            f"margin_from_norm: weight and bias must have one shape, found {tuple(weight.shape)} and "
+            f"{tuple(bias.shape)}."
+        )
+    # In float64 on the CPU: some devices lack the type, and C numbers cost nothing.
+    w, b = (x.detach().to("cpu", torch.float64) for x in (weight.abs(), bias))
+    z = b / w.masked_fill(w == 0, 1)
+    near = z.clamp(max=10)
+    log_density = -0.5 * near.square() - 0.5 * math.log(2 * math.pi)
+    closed = b - w * torch.exp(log_density - torch.special.log_ndtr(-near))
+    # Far above zero the closed form is the difference of two close numbers: Laplace's continued fraction of
+    # phi(z) / Phi(-z) - z instead, 1 / (z + 2 / (z + 3 / (z + ...))). 30 terms are exact to 1e-12 from z = 10 on.
+    far = z.clamp(min=10)
+    tail = far
+    for k in range(30, 1, -1):
+        tail = far + k / tail
+    margin = torch.where(z > 10, -w / tail, closed)
+    return torch.where(w == 0, b.clamp(max=0), margin).to(weight)
+
+
+def margin_relu(teacher: Tensor, margin: Tensor) -> Tensor:
+    """
+    ``max(x, m_c)`` per channel (equation 2).
+
+    Args:
+        teacher: (N, C, ...), pre-activation; is detached.
+        margin: (C,), the margins m_c, at most 0.
+
+    Returns:
+        Of the teacher's shape, in float32 (float64 if the teacher is).
+
+    Raises:
+        ValueError: another number of margins than channels.
+    """
+    if teacher.dim() < 2 or margin.shape != (teacher.shape[1],):
+        raise ValueError(
+            f"margin_relu: needs one margin for each channel, found margins of shape {tuple(margin.shape)} for "
+            f"features of shape {tuple(teacher.shape)}."
+        )
+    teacher = teacher.detach().to(torch.promote_types(teacher.dtype, torch.float32))
+    return torch.maximum(teacher, margin.detach().to(teacher).view(-1, *[1] * (teacher.dim() - 2)))
+
+
+@full_precision
+def partial_l2_loss(
+    student: Tensor, target: Tensor, *, reduction: str = "position", valid: Optional[Tensor] = None
+) -> Tensor:
+    """
+    Partial L2 distance (equation 3): ``(T - S)^2``, but 0 where ``S <= T <= 0``.
+
+    Args:
+        student: (N, C, Hs, Ws), pre-activation, behind a connector.
+        target: (N, C, Ht, Wt), see :func:`margin_relu`; is detached. The larger map is average-pooled to the smaller.
+        reduction: "position" divides each image's sum by its number of valid positions (not by its channels) and
+            averages over images, so that the weight does not depend on the image's size; "sum" is the published sum
+            over everything.
+        valid: bool (N, 1, H, W) at either size: the positions that hold image.
+
+    Returns:
+        A scalar; 0 for an empty batch.
+
+    Raises:
+        ValueError: an unknown reduction; batches, channels, types or a mask that do not fit.
+    """
+    _check_reduction("partial_l2_loss", reduction)
+    maps = match_maps("partial_l2_loss", student, target, valid, same_channels=True)
+    return _distance(maps, reduction, _partial_residual)
+
+
+@full_precision
+def overhaul_loss(
+    student: Tensor,
+    teacher: Tensor,
+    margin: Tensor,
+    *,
+    reduction: str = "position",
+    valid: Optional[Tensor] = None,
+) -> Tensor:
+    """
+    ``partial_l2_loss(student, margin_relu(teacher, margin))`` in one pass, which keeps no margin-ReLU'd map.
+
+    Args:
+        teacher: (N, C, Ht, Wt), pre-activation; is detached. Where the sizes differ, the margin comes before pooling.
+        margin: (C,).
+        student, reduction, valid: see :func:`partial_l2_loss`.
+
+    Returns:
+        A scalar; 0 for an empty batch.
+
+    Raises:
+        ValueError: as :func:`partial_l2_loss` and :func:`margin_relu`.
+    """
+    _check_reduction("overhaul_loss", reduction)
+    if student.shape[2:] != teacher.shape[2:]:
+        teacher = margin_relu(teacher, margin)
+    maps = match_maps("overhaul_loss", student, teacher, valid, same_channels=True)
+    if margin.shape != (maps.teacher.shape[1],):
+        raise ValueError(
+            f"overhaul_loss: needs one margin for each of {maps.teacher.shape[1]} channels, found margins of shape "
+            f"{tuple(margin.shape)}."
+        )
+    margin = margin.detach().to(maps.teacher)[:, None, None]
+
+    def residual(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
+        torch.maximum(teacher, margin[channels], out=scratch)
+        _partial_residual(student, scratch, channels, out, scratch)
+
+    return _distance(maps, reduction, residual)
+
+
+def _check_reduction(name: str, reduction: str) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{name}: unknown reduction {reduction!r}. Valid names: {', '.join(_REDUCTIONS)}.")
+
+
+def _distance(maps: Maps, reduction: str, residual) -> Tensor:
+    if maps.empty:
+        return zero_loss(maps.student)
+    counts = maps.positions()
+    weights = torch.ones_like(counts) if reduction == "sum" else 1 / (len(counts) * counts)
+    return SquaredResidual.apply(maps.student, maps.teacher, weights, maps.invalid, residual)
+
+
+def _partial_residual(student: Tensor, target: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
+    # S - T, where T <= 0 at least 0. In floats, as a chain of masks costs several times as much: the lower bound is 0
+    # where T <= 0, and far below any difference elsewhere.
+    torch.sub(student, target, out=out)
+    bound = torch.clamp(target, min=0, out=scratch).mul_(-torch.finfo(out.dtype).max)
+    torch.maximum(out, bound, out=out)
+
+
+class Margin(nn.Module):
+    """
+    The margin m_c = E[x_c | x_c < 0] of the teacher's responses, per channel, with how many responses it was taken from.
+    Both are buffers: they are saved, restored and moved with the loss.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("value", torch.zeros(channels))
+        self.register_buffer("count", torch.zeros(channels, dtype=torch.int64))
+
+    @torch.no_grad()
+    def observe(self, teacher: Tensor, valid: Tensor | None) -> None:
+        """
+        Take in the responses of every rank's batch.
+
+        Args:
+            teacher: (N, C, H, W) pre-activation responses.
+            valid: bool (N, 1, H, W), the positions that count; None: all.
+        """
+        negative = teacher < 0
+        if valid is not None:
+            negative &= valid
+        count = negative.sum(dim=(0, 2, 3))
+        total = torch.where(negative, teacher, 0).sum(dim=(0, 2, 3), dtype=torch.float64)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(count)
+            torch.distributed.all_reduce(total)
+        seen = self.count + count
+        self.value += ((total - count * self.value.double()) / seen.clamp(min=1)).to(self.value.dtype)
+        self.count = seen
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class OverhaulLoss(DistillationLoss):
+    """
+    :func:`overhaul_loss` after a connector (1x1 convolution, norm), summed over the pairs of taps with the factor
+    2^-(L-l), 1 for the last. Taps are pre-activations, shallow to deep.
+    """
+
+    name = "overhaul"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        margin: str | Sequence[tuple[Tensor, Tensor]] = "calibrated",
+        calibration_images: int = 64,
+        connector_norm: str = "BN",
+        reduction: str = "position",
+        **kwargs,
+    ):
+        """
+        Args:
+            student_channels, teacher_channels: one number a tap.
+            margin: "calibrated": the mean of the negative responses over ``calibration_images`` images, before step 0.
+                "running": over all images seen so far. Or (weight, bias) of the norm layer behind each teacher tap,
+                for the closed form of :func:`margin_from_norm`.
+            calibration_images: see ``margin``.
+            connector_norm: a norm of Detectron2: "BN", "SyncBN", ...
+            reduction: see :func:`overhaul_loss`.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        _check_reduction(type(self).__name__, reduction)
+        self.connectors = build_connectors(student_channels, teacher_channels, norm=connector_norm)
+        self.margins = nn.ModuleList(Margin(channels) for channels in teacher_channels)
+        if isinstance(margin, str):
+            if margin not in ("calibrated", "running"):
+                raise ValueError(
+                    f"OverhaulLoss: margin must be 'calibrated', 'running' or the norms' parameters, found {margin!r}."
+                )
+            if calibration_images < 1:
+                raise ValueError(f"OverhaulLoss: calibration_images must be at least 1, found {calibration_images}.")
+        else:
+            for buffers, (weight, bias) in zip(self.margins, margin):
+                buffers.value.copy_(margin_from_norm(weight, bias))
+                buffers.count.fill_(1)
+        self._calibrates = margin == "calibrated"
+        self._runs = margin == "running"
+        self.calibration_images = calibration_images
+        self.reduction = reduction
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        node = cfg.KD.OVERHAUL
+        if node.MARGIN not in ("calibrated", "norm", "running"):
+            raise ValueError(unknown_name("KD.OVERHAUL.MARGIN", node.MARGIN, ("calibrated", "norm", "running")))
+        margin = node.MARGIN
+        if margin == "norm":
+            taps = ret["teacher_taps"] or ret["student_taps"]
+            margin = [_norm_behind(teacher, tap) for tap in taps]
+        return {
+            **ret,
+            **tap_channels(ret, student, teacher),
+            "margin": margin,
+            "calibration_images": node.CALIBRATION_IMAGES,
+            "connector_norm": node.CONNECTOR_NORM,
+            "reduction": node.REDUCTION,
+        }
+
+    def images_to_observe(self) -> int:
+        uncalibrated = self._calibrates and not all(bool(margin.count.any()) for margin in self.margins)
+        return self.calibration_images if uncalibrated else 0
+
+    def observe(self, teacher, regions):
+        for margin, features in zip(self.margins, teacher):
+            margin.observe(features, regions.valid(features))
+
+    def forward(self, student, teacher, regions):
+        if self._runs:
+            self.observe(teacher, regions)
+        total = 0.0
+        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, regions)):
+            term = overhaul_loss(
+                self.connectors[level](s), t, self.margins[level].value, reduction=self.reduction, valid=valid
+            )
+            total = total + term * 2.0 ** (level + 1 - len(self.connectors))
+        return total
+
+
+def _norm_behind(teacher: nn.Module, tap: str) -> tuple[Tensor, Tensor]:
+    """
+    Weight and bias of the last norm before a pre-activation tap, which make x ~ N(bias, weight^2) there.
+
+    Raises:
+        ValueError: no such norm, or a FrozenBatchNorm2d whose statistics were folded into its weight and bias (all
+            Caffe2 and zoo weights): then they say nothing of the distribution.
+    """
+    block = tap_module(teacher, tap, side="teacher")
+    last = getattr(block, "conv3", None) or getattr(block, "conv2", None)
+    norm = getattr(last, "norm", None)
+    if not isinstance(norm, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)) or norm.weight is None:
+        raise ValueError(
+            f"KD.OVERHAUL.MARGIN 'norm' needs a batch norm before {tap!r}, found {type(norm).__name__}; "
+            f"use 'calibrated'."
+        )
+    folded = (norm.running_mean == 0).all() and torch.allclose(norm.running_var + norm.eps, torch.ones(()), atol=2e-5)
+    if isinstance(norm, FrozenBatchNorm2d) and folded:
+        raise ValueError(
+            f"KD.OVERHAUL.MARGIN 'norm' is wrong at {tap!r}: the statistics of its frozen batch norm are folded into weight "
+            f"and bias (running mean 0, variance 1), which then do not describe the responses; use 'calibrated'."
+        )
+    return norm.weight.detach(), norm.bias.detach()

@@ -1,0 +1,167 @@
+"""SP, similarity-preserving knowledge distillation: arXiv 1907.09682."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.utils import comm
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
+
+__all__ = ["SimilarityLoss", "similarity_preserving_loss"]
+
+
+@full_precision
+def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """
+    ``|G_T - G_S|_F^2 / b^2`` where ``G = Q Q^T``, its rows divided by their L2 norm, and Q holds one sample a row
+    (equations 2 to 4).
+
+    Args:
+        student: (b, ...): b samples, such as the features of b regions or of b images.
+        teacher: (b, ...), of any trailing shape; is detached.
+
+    Returns:
+        A scalar; 0 for no sample, and identically 0 for one. A sample that is all zeros is similar to nothing and gets
+        zero gradient.
+
+    Raises:
+        ValueError: different numbers of samples, or types or devices that do not fit.
+    """
+    student, teacher = to_float("similarity_preserving_loss", student, teacher)
+    if student.dim() == 0 or teacher.dim() == 0 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"similarity_preserving_loss: the first axis of both must hold the same samples, found shapes "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    if student.numel() == 0 or teacher.numel() == 0:
+        return zero_loss(student)
+    return (_similarity(teacher) - _similarity(student)).square().sum() / student.shape[0] ** 2
+
+
+def _similarity(samples: Tensor) -> Tensor:
+    samples = samples.flatten(1) if samples.dim() > 1 else samples[:, None]
+    gram = _SelfProduct.apply(samples)
+    squares = gram.detach().diagonal()
+    if not 1e-24 < squares.max() < 1e30:
+        # The products left float32's range. One common factor of all samples does not change the similarities.
+        peak = samples.detach().abs().max()
+        samples = samples / torch.where(peak > torch.finfo(samples.dtype).tiny, peak, 1)
+        gram = _SelfProduct.apply(samples)
+        squares = gram.detach().diagonal()
+    alive = (squares > 0).to(gram.dtype)
+    return unit_rows(gram * alive * alive[:, None])
+
+
+class _AllGather(Function):
+    """
+    The samples of all ranks, rank by rank. Every rank computes the same loss of them, and DDP averages gradients over
+    ranks; so the local samples' gradient is multiplied by the number of ranks, to end as that of one large batch.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        gathered = [torch.empty_like(x) for _ in range(comm.get_world_size())]
+        torch.distributed.all_gather(gathered, x.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.chunk(comm.get_world_size())[comm.get_rank()] * comm.get_world_size()
+
+
+def gather_samples(samples: Tensor) -> Tensor:
+    """
+    The samples of all ranks along the first axis, with gradients to the local ones.
+
+    Args:
+        samples: (b, ...), of one shape on all ranks.
+    """
+    return _AllGather.apply(samples) if comm.get_world_size() > 1 else samples
+
+
+class _SelfProduct(Function):
+    """``x x^T`` for (b, d), whose backward is one product where that of ``x @ x.T`` is two."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.T
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (grad + grad.T) @ x
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class SimilarityLoss(DistillationLoss):
+    """
+    :func:`similarity_preserving_loss` where a batch has enough samples for it: over the regions that the student
+    samples (hundreds an image), or over the images of all ranks.
+    """
+
+    name = "similarity"
+
+    @configurable
+    def __init__(self, *, samples: str = "regions", grid: int = 8, **kwargs):
+        """
+        Args:
+            samples: "regions": the pooled features of the sampled regions, from both networks; taps are not read.
+                "images": the maps at the taps, of the images of all ranks; gradients flow to the local ones.
+            grid: with "images", every image's valid part is average-pooled to (grid, grid), so that images of
+                different sizes compare and padding does not count.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        if samples not in ("regions", "images"):
+            raise ValueError(f"SimilarityLoss: samples must be 'regions' or 'images', found {samples!r}.")
+        if grid < 1:
+            raise ValueError(f"SimilarityLoss: grid must be at least 1, found {grid}.")
+        if samples == "images" and not self.student_taps:
+            raise ValueError("SimilarityLoss over images needs taps: KD.SIMILARITY.STUDENT_TAPS is empty.")
+        self.needs_regions = samples == "regions"
+        if self.needs_regions:
+            self.student_taps = self.teacher_taps = ()
+        self.grid = grid
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        node = cfg.KD.SIMILARITY
+        if node.SAMPLES == "images" and cfg.SOLVER.IMS_PER_BATCH < 2:
+            raise ValueError(
+                f"SimilarityLoss compares the images of a batch with each other: SOLVER.IMS_PER_BATCH must be at least "
+                f"2, found {cfg.SOLVER.IMS_PER_BATCH}; or set KD.SIMILARITY.SAMPLES 'regions'."
+            )
+        return {**ret, "samples": node.SAMPLES, "grid": node.GRID}
+
+    def forward(self, student, teacher, regions):
+        if self.needs_regions:
+            pairs = [(s.features, t.features) for s, t in regions.region_pairs()]
+            return sum(similarity_preserving_loss(s, t) for s, t in pairs) / len(pairs)
+        total = 0.0
+        for s, t, _ in self.pairs(student, teacher, regions):
+            s, t = gather_samples(self._to_grid(s, regions)), gather_samples(self._to_grid(t, regions))
+            if len(s) < 2:
+                raise ValueError("SimilarityLoss over images needs at least 2 images in the global batch, found 1.")
+            total = total + similarity_preserving_loss(s, t)
+        return total
+
+    def _to_grid(self, features: Tensor, regions) -> Tensor:
+        if features.dim() != 4:
+            return features
+        valid = regions.valid(features)
+        if valid is None:
+            return F.adaptive_avg_pool2d(features, self.grid)
+        pooled = []
+        for image, mask in zip(features, valid[:, 0]):
+            height, width = mask.any(dim=1).sum(), mask.any(dim=0).sum()
+            pooled.append(F.adaptive_avg_pool2d(image[:, :height, :width], self.grid))
+        return torch.stack(pooled)

@@ -1,0 +1,137 @@
+"""What a region head says: soft targets, arXiv 1503.02531, and the teacher-bounded regression of Chen et al."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor
+
+from kd_det.losses._spatial import full_precision, to_float, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
+from kd_det.regions import RegionHead
+from kd_det.taps import tap_shape
+
+__all__ = ["SoftTargetLoss", "bounded_regression_loss", "soft_target_loss"]
+
+
+@full_precision
+def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """
+    ``T^2 KL(softmax(t / T) || softmax(s / T))``, averaged over samples (and positions). The factor T^2 keeps the
+    gradient's size when T changes (arXiv 1503.02531, section 2).
+
+    Args:
+        student_logits: (N, K), or dense (N, K, H, W): K classes on axis 1.
+        teacher_logits: of the same shape; is detached.
+        temperature: T > 0.
+
+    Returns:
+        A scalar; 0 for an empty batch.
+
+    Raises:
+        ValueError: shapes that differ, or a temperature that is not positive.
+    """
+    student, teacher = to_float("soft_target_loss", student_logits, teacher_logits)
+    if student.dim() < 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"soft_target_loss: both logits must be (N, K) or (N, K, H, W) over the same classes, found shapes "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"soft_target_loss: the temperature must be a positive number, found {temperature}.")
+    if student.numel() == 0:
+        return zero_loss(student)
+    log_s = F.log_softmax(student / temperature, dim=1)
+    log_t = F.log_softmax(teacher / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1).mean()
+
+
+@full_precision
+def bounded_regression_loss(
+    student_deltas: Tensor, teacher_deltas: Tensor, target_deltas: Tensor, *, margin: float = 0.0
+) -> Tensor:
+    """
+    The teacher as an upper bound of the student's error in box regression (Chen et al., Learning efficient object
+    detection models with knowledge distillation, NIPS 2017, equation 4): per region ``|s - y|^2`` if
+    ``|s - y|^2 + margin > |t - y|^2``, else 0; averaged over regions.
+
+    Args:
+        student_deltas: (R, 4), what the student predicts for R foreground regions, of the region's class.
+        teacher_deltas: (R, 4), the teacher's for the same regions, in the same units; is detached.
+        target_deltas: (R, 4), those of the ground truth.
+        margin: m >= 0, by how much of squared error the student must be better than the teacher to be left alone.
+
+    Returns:
+        A scalar; 0 for no region.
+
+    Raises:
+        ValueError: shapes that differ, or a negative margin.
+    """
+    name = "bounded_regression_loss"
+    if not student_deltas.shape == teacher_deltas.shape == target_deltas.shape or student_deltas.dim() != 2:
+        raise ValueError(
+            f"{name}: student, teacher and target must all be (R, 4), found shapes {tuple(student_deltas.shape)}, "
+            f"{tuple(teacher_deltas.shape)} and {tuple(target_deltas.shape)}."
+        )
+    if not margin >= 0:
+        raise ValueError(f"{name}: the margin must be a number >= 0, found {margin}.")
+    student, teacher = to_float(name, student_deltas, teacher_deltas)
+    _, target = to_float(name, student_deltas, target_deltas)
+    if student.numel() == 0:
+        return zero_loss(student)
+    error = (student - target).square().sum(1)
+    bound = (teacher - target).square().sum(1)
+    return torch.where(error + margin > bound, error, 0).mean()
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class SoftTargetLoss(DistillationLoss):
+    """
+    :func:`soft_target_loss` on class logits: of the regions that the student samples, classified by both box heads,
+    or, where taps are given, of those taps (the ``linear`` of a classifier, the ``head.cls_score`` of a dense head).
+    """
+
+    name = "soft_target"
+
+    @configurable
+    def __init__(self, *, temperature: float = 4.0, **kwargs):
+        """
+        Args:
+            temperature: T of both softmaxes, positive.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"SoftTargetLoss: the temperature must be a positive number, found {temperature}.")
+        self.temperature = temperature
+        self.needs_regions = not self.student_taps
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        if ret["student_taps"]:
+            pairs = zip(ret["student_taps"], ret["teacher_taps"] or ret["student_taps"])
+            counts = [
+                (tap_shape(student, s, side="student").channels, tap_shape(teacher, t, side="teacher").channels)
+                for s, t in pairs
+            ]
+        else:
+            counts = [
+                tuple(
+                    RegionHead(getattr(network, "roi_heads", None), side=side).num_classes
+                    for network, side in ((student, "student"), (teacher, "teacher"))
+                )
+            ]
+        for have, want in counts:
+            if have != want:
+                raise ValueError(
+                    f"Soft targets compare class by class: the student has {have} classes and the teacher {want}. "
+                    f"Make MODEL.ROI_HEADS.NUM_CLASSES equal, or drop SoftTargetLoss from KD.LOSSES."
+                )
+        return {**ret, "temperature": cfg.KD.SOFT_TARGET.TEMPERATURE}
+
+    def forward(self, student, teacher, regions):
+        if self.needs_regions:
+            pairs = [(s.logits, t.logits) for s, t in regions.region_pairs()]
+        else:
+            pairs = [(s, t) for s, t, _ in self.pairs(student, teacher, regions)]
+        return sum(soft_target_loss(s, t, temperature=self.temperature) for s, t in pairs) / len(pairs)

@@ -1,0 +1,42 @@
+"""The random states of a process: Python's, NumPy's and PyTorch's."""
+
+import contextlib
+import random
+
+import numpy as np
+import torch
+
+__all__ = ["get_random_state", "preserved_random_state", "set_random_state"]
+
+
+def get_random_state() -> dict:
+    """All random states, in types that ``torch.load(weights_only=True)`` accepts."""
+    numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
+    ret = {
+        "python": random.getstate(),
+        "numpy": (numpy_name, torch.from_numpy(numpy_keys.astype(np.int64)), *numpy_rest),
+        "torch": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        ret["cuda"] = torch.cuda.get_rng_state()
+    return ret
+
+
+def set_random_state(state: dict) -> None:
+    """Set what :func:`get_random_state` returned."""
+    random.setstate(state["python"])
+    numpy_name, numpy_keys, *numpy_rest = state["numpy"]
+    np.random.set_state((numpy_name, numpy_keys.numpy().astype(np.uint32), *numpy_rest))
+    torch.random.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def preserved_random_state():
+    """What is drawn inside does not shift what is drawn after."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
