@@ -1,15 +1,202 @@
-"""Loading weights so that nothing stays random unnoticed."""
+"""Checkpoints that survive a kill, run no code when they are read, and leave nothing random unnoticed."""
 
 import logging
+import os
+import pickle
+import re
+import zipfile
 from typing import List
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
-__all__ = ["load_strictly"]
+__all__ = ["SafeCheckpointer", "find_weights", "load_strictly"]
 
 logger = logging.getLogger(__name__)
+
+# What a zoo .pkl is made of: NumPy arrays in plain containers (codecs: how protocol 2 writes bytes).
+_PICKLED_GLOBALS = {
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in _PICKLED_GLOBALS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """
+    Detectron2's checkpointer, with the same files, that
+
+    * writes a checkpoint aside and renames it, so that a kill at any moment leaves the previous one good, and moves
+      ``last_checkpoint`` only then;
+    * reads tensors, NumPy arrays and plain containers only: a file that would run code is refused.
+    """
+
+    def save(self, name: str, **kwargs) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if "://" in self.save_dir:  # not a file system that renames
+            super().save(name, **kwargs)
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()})
+        data.update(kwargs)
+        basename = f"{name}.pth"
+        path = os.path.join(self.save_dir, basename)
+        if os.path.basename(path) != basename:
+            raise ValueError(f"A checkpoint's name must not name a folder: {name!r}.")
+        self.logger.info(f"Saving checkpoint to {path}")
+        _write_aside(path, lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(basename)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        _write_aside(
+            os.path.join(self.save_dir, "last_checkpoint"), lambda file: file.write(last_filename_basename.encode())
+        )
+
+    def resume_or_load(self, path: str, *, resume: bool = True):
+        """
+        As Detectron2's.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint is missing, damaged or refused; of a run to resume, names
+                the one before it.
+        """
+        if not (resume and self.has_checkpoint()):
+            if path:
+                find_weights(path, who="model")
+            return super().resume_or_load(path, resume=False)
+        latest = self.get_checkpoint_file()
+        try:
+            if not os.path.isfile(latest):
+                raise FileNotFoundError(f"last_checkpoint names {latest}, which does not exist.")
+            return self.load(latest)
+        except (ValueError, OSError) as e:
+            earlier = self._readable_checkpoint_before(latest)
+            if earlier is None:
+                raise ValueError(f"{e} There is no earlier checkpoint in {self.save_dir}.") from e
+            raise ValueError(
+                f"{e} The one before it is {earlier}: to resume from it, write its name into "
+                f"{os.path.join(self.save_dir, 'last_checkpoint')}."
+            ) from e
+
+    def _readable_checkpoint_before(self, path: str):
+        """The newest other checkpoint whose archive is whole, by name; None without one."""
+        for candidate in sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True):
+            if candidate != path and zipfile.is_zipfile(candidate):
+                with zipfile.ZipFile(candidate) as archive:
+                    if archive.testzip() is None:
+                        return os.path.basename(candidate)
+        return None
+
+    def _load_file(self, filename: str):
+        try:
+            if filename.endswith(".pkl"):
+                # Detectron2 reads the file after this, so it meets what was just found to be harmless.
+                with PathManager.open(filename, "rb") as file:
+                    _RestrictedUnpickler(file, encoding="latin1").load()
+            elif filename.endswith(".pyth"):
+                self._torch_load(filename)
+            elif not hasattr(DetectionCheckpointer, "_torch_load"):  # v0.6
+                loaded = self._torch_load(filename)
+                return loaded if "model" in loaded else {"model": loaded}
+            loaded = super()._load_file(filename)
+        except _UNREADABLE as e:
+            raise ValueError(_explain(filename, e)) from e
+        return loaded
+
+    def _torch_load(self, filename: str):
+        loaded = torch.load(filename, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise TypeError(f"it holds a {type(loaded).__name__}, expected a dict of tensors")
+        return loaded
+
+
+# What reading damaged, foreign or hostile bytes raises, in torch, pickle and NumPy.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    UnicodeDecodeError,
+    ValueError,
+)
+
+
+def _explain(filename: str, error: Exception) -> str:
+    size = os.path.getsize(filename)
+    message = str(error)
+    refused = re.search(r"(?:it holds|GLOBAL) ([\w.]+\.\w+)", message)
+    if isinstance(error, pickle.UnpicklingError) and refused:
+        return (
+            f"{filename} is refused: it holds {refused.group(1)}, and weights are tensors or NumPy arrays in plain "
+            f"containers; loading anything else could run any command."
+        )
+    reason = " ".join(message.split())[:200] or type(error).__name__
+    return f"{filename} ({size:,} bytes) is truncated or not a checkpoint: {reason}."
+
+
+def _write_aside(path: str, write) -> None:
+    """Write a file under another name, and give it its own when all of it is on disk."""
+    aside = f"{path}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        if os.path.exists(aside):
+            os.remove(aside)
+        raise
+    os.replace(aside, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the new name outlives a power cut too
+    finally:
+        os.close(folder)
+
+
+def find_weights(path: str, *, who: str) -> str:
+    """
+    The local file of weights, fetched if they are a URL.
+
+    Args:
+        path: a file or URL that Detectron2's path manager knows.
+        who: what messages call the model.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    path = re.sub(r"\?matching_heuristics=\w+$", "", path)  # a hint to Detectron2 main's checkpointer
+    try:
+        local = PathManager.get_local_path(path)
+    except (OSError, ValueError, AssertionError) as e:
+        raise FileNotFoundError(f"The weights of the {who} cannot be read: {path!r} ({e}).") from None
+    if not os.path.isfile(local):
+        raise FileNotFoundError(f"The weights of the {who} do not exist: {path!r}.")
+    return local
 
 
 # Keys of older checkpoints that today's models rebuild from their config or do without.
@@ -17,7 +204,7 @@ _REBUILT_KEYS = ("anchor_generator.cell_anchors", "num_batches_tracked")
 _NORMALISATION_KEYS = ("pixel_mean", "pixel_std")
 
 
-class _StrictCheckpointer(DetectionCheckpointer):
+class _StrictCheckpointer(SafeCheckpointer):
     """Collects what did not fit instead of logging it."""
 
     def _load_model(self, checkpoint):
@@ -38,15 +225,11 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: missing, unexpected or misshapen weights; lists the first keys of each kind.
+        ValueError: a damaged or refused file; or missing, unexpected or misshapen weights: lists the first keys of
+            each kind.
     """
+    find_weights(path, who=who)
     checkpointer = _StrictCheckpointer(model, save_to_disk=False)
-    try:
-        local = checkpointer.path_manager.get_local_path(path)
-    except (OSError, ValueError, AssertionError) as e:
-        raise FileNotFoundError(f"The weights of the {who} cannot be read: {path!r} ({e}).") from None
-    if not checkpointer.path_manager.isfile(local):
-        raise FileNotFoundError(f"The weights of the {who} do not exist: {path!r}.")
     checkpointer.load(path)
     found = checkpointer.incompatible
     unexpected = [

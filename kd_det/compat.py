@@ -1,8 +1,14 @@
 """What differs between Detectron2 v0.6 and upstream main."""
 
+import importlib
+import importlib.util
+import os
+import sys
+import types
+
 from detectron2.utils.events import get_event_storage
 
-__all__ = ["has_event_storage"]
+__all__ = ["has_event_storage", "model_zoo"]
 
 
 def has_event_storage() -> bool:
@@ -12,3 +18,26 @@ def has_event_storage() -> bool:
     except AssertionError:
         return False
     return True
+
+
+def _import_model_zoo() -> types.ModuleType:
+    """
+    ``detectron2.model_zoo``. Both versions ask pkg_resources, which setuptools 82 dropped, for the path of a file; where
+    it is gone, a stand-in with that one function answers, and is in nobody else's way afterwards.
+    """
+    missing = importlib.util.find_spec("pkg_resources") is None
+    if missing:
+        stand_in = types.ModuleType("pkg_resources")
+        stand_in.resource_filename = lambda package, path: os.path.join(
+            os.path.dirname(importlib.import_module(package).__file__), path
+        )
+        sys.modules["pkg_resources"] = stand_in
+    try:
+        from detectron2 import model_zoo
+    finally:
+        if missing:
+            del sys.modules["pkg_resources"]
+    return model_zoo
+
+
+model_zoo = _import_model_zoo()

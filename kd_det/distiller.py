@@ -174,7 +174,7 @@ class Distiller(nn.Module):
         the first training step, on the training set's first images; call it to choose the images yourself.
 
         Args:
-            batches: batched inputs. In a distributed run every rank brings as many batches, and all see the same result.
+            batches: batched inputs. In a distributed run every rank brings as many; all get the same result.
         """
         observers = [loss for loss in self.losses.values() if loss.images_to_observe()]
         images = 0

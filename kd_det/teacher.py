@@ -6,13 +6,13 @@ from typing import Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from kd_det.checkpoint import load_strictly
+from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
 from kd_det.errors import unknown_name
 from kd_det.taps import Taps

@@ -47,6 +47,7 @@ def tiny_cfg(*, depth: int = 18, width: int = 4, fpn: int = 8, **opts) -> CfgNod
             "MODEL.DEVICE", "cpu",
             "MODEL.BACKBONE.NAME", "build_tiny_fpn_backbone",
             "MODEL.BACKBONE.FREEZE_AT", 0,
+            "MODEL.PIXEL_STD", [57.375, 57.120, 58.395],
             "MODEL.RESNETS.DEPTH", depth,
             "MODEL.RESNETS.NORM", "BN",
             "MODEL.RESNETS.RES2_OUT_CHANNELS", width,
@@ -77,7 +78,14 @@ def distillation_cfg(tmp_path, *losses: str, teacher=None, **opts) -> CfgNode:
     """A tiny student's config with a tiny teacher, whose config and (random) weights are written to ``tmp_path``."""
     teacher = teacher or tiny_cfg(depth=50, width=8)
     torch.manual_seed(1)
-    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")
+    model = build_model(teacher).train()
+    with torch.no_grad():  # batch-norm statistics as a trained network has them
+        for _ in range(30):
+            model.backbone(model.preprocess_image(batch()).tensor)
+        for name, parameter in model.named_parameters():
+            if name.endswith("cls_score.weight"):  # opinions, as a trained network has them
+                parameter.mul_(50)
+    torch.save({"model": model.state_dict()}, tmp_path / "teacher.pth")
     (tmp_path / "teacher.yaml").write_text(teacher.dump())
     cfg = tiny_cfg(
         MODEL__META_ARCHITECTURE="Distiller",

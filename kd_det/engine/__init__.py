@@ -1,7 +1,7 @@
 """Detectron2's training engine for distillation: the trainer, the command line, and what is checked before a run."""
 
-from kd_det.engine.arguments import add_teacher, argument_parser, load_config
-from kd_det.engine.checks import check_run, plain_student_cfg
+from kd_det.engine.arguments import add_teacher, argument_parser, load_config, parse_arguments, plain_student_cfg
+from kd_det.engine.checks import check_run
 from kd_det.engine.cli import run_tool
 from kd_det.engine.launch import launch
 from kd_det.engine.trainer import Trainer, evaluate
@@ -14,6 +14,7 @@ __all__ = [
     "evaluate",
     "launch",
     "load_config",
+    "parse_arguments",
     "plain_student_cfg",
     "run_tool",
 ]

@@ -4,18 +4,19 @@ import argparse
 import os
 import re
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
 from kd_det.config import add_kd_config
-from kd_det.distiller import build_student
+from kd_det.distiller import build_student, student_cfg
 from kd_det.engine.cli import UserError
 from kd_det.losses import loss_class
 from kd_det.random_state import preserved_random_state
 from kd_det.teacher import build_teacher_architecture, get_teacher_cfg
 
-__all__ = ["add_teacher", "argument_parser", "load_config", "parse_arguments"]
+__all__ = ["add_teacher", "argument_parser", "load_config", "parse_arguments", "plain_student_cfg"]
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -48,7 +49,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv=None) -> argparse.Name
 
 def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
     """
-    The config of a run: defaults, ``--config-file``, the arguments of the teacher, ``KEY VALUE`` pairs.
+    The config of a run: defaults, ``--config-file``, the arguments of the teacher, ``KEY VALUE`` pairs. With
+    ``--eval-only``, of the plain student.
 
     Args:
         args: see :func:`argument_parser`.
@@ -63,12 +65,18 @@ def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
         add_config(cfg)
     if args.config_file:
         _merge(args.config_file, cfg.merge_from_file, _existing(args.config_file))
-    if args.teacher:
+    if args.teacher and not args.eval_only:
         losses = args.losses.split(",") if args.losses else None
         add_teacher(cfg, args.teacher, weights=args.teacher_weights, losses=losses)
     _merge("KEY VALUE", cfg.merge_from_list, args.opts)
+    cfg.MODEL.DEVICE = _usable_device(cfg.MODEL.DEVICE, asked_for="MODEL.DEVICE" in args.opts)
     cfg.freeze()
-    return cfg
+    return plain_student_cfg(cfg) if args.eval_only else cfg
+
+
+def plain_student_cfg(cfg: CfgNode) -> CfgNode:
+    """The config of the student alone: of a distillation config :func:`kd_det.student_cfg`, of a plain one itself."""
+    return student_cfg(cfg) if cfg.MODEL.META_ARCHITECTURE == "Distiller" else cfg
 
 
 def add_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -> None:
@@ -101,15 +109,29 @@ def add_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -
     shapes = [network.backbone.output_shape() for network in networks]
     shared = [level for level in shapes[0] if level in shapes[1]]
     for loss in losses:
-        node = cfg.KD[loss_class(loss).name.upper()]
+        cls = loss_class(loss)
+        node = cfg.KD[cls.name.upper()]
         levels = [tap for tap in node.STUDENT_TAPS if re.fullmatch(r"p\d+", tap)]
         if levels and len(levels) == len(node.STUDENT_TAPS) and not set(levels) <= set(shared):
             if not shared:
-                raise ValueError(
+                raise UserError(
                     f"The backbones have no level in common: the student's are {', '.join(shapes[0])}, the teacher's "
-                    f"{', '.join(shapes[1])}; pair them by KD.{loss_class(loss).name.upper()}.STUDENT_TAPS and TEACHER_TAPS."
+                    f"{', '.join(shapes[1])}. Pair them by STUDENT_TAPS and TEACHER_TAPS of KD.{cls.name.upper()}."
                 )
             node.STUDENT_TAPS = tuple(level for level in levels if level in shared) or tuple(shared)
+
+
+def _usable_device(name: str, *, asked_for: bool) -> str:
+    """The device, or "cpu" where it is Detectron2's default "cuda", nobody named it, and there is no GPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"MODEL.DEVICE {name!r} is not a device; expected 'cuda' or 'cpu'") from None
+    if device.type != "cuda" or torch.cuda.is_available():
+        return name
+    if asked_for:
+        raise UserError(f"MODEL.DEVICE is {name!r}, and PyTorch finds no GPU: set MODEL.DEVICE cpu")
+    return "cpu"
 
 
 def _existing(path: str) -> str:

@@ -12,6 +12,8 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import multiprocessing as torch_multiprocessing
 
+from kd_det.engine.cli import run_tool
+
 __all__ = ["launch"]
 
 
@@ -31,23 +33,23 @@ def launch(main: Callable, args) -> None:
     """
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _join_torchrun()
-        main(args)
+        run_tool(main, args)
         if dist.is_initialized():
             dist.destroy_process_group()
         return
     if args.num_gpus * args.num_machines == 1:
-        main(args)
+        run_tool(main, args)
         return
     where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     _pass_signals_on()
     try:
         if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
-            detectron2_launch(main, *where, args=(args,))
+            detectron2_launch(run_tool, *where, args=(main, args))
         else:  # v0.6 insists on CUDA
             torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
     except torch_multiprocessing.ProcessExitedException as e:
         if e.exit_code < 0:
-            print(f"error: process {e.error_index} was killed by {e.signal_name}; the others were ended", file=sys.stderr)
+            print(f"error: process {e.error_index} was killed by {e.signal_name}; all were ended", file=sys.stderr)
         sys.exit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code)
     except torch_multiprocessing.ProcessRaisedException as e:
         print(e, file=sys.stderr)
@@ -63,7 +65,7 @@ def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, di
     )
     _create_local_process_group(num_processes)
     comm.synchronize()
-    main(args)
+    run_tool(main, args)
 
 
 def _join_torchrun():

@@ -317,7 +317,7 @@ def _norm_behind(teacher: nn.Module, tap: str) -> tuple[Tensor, Tensor]:
     folded = (norm.running_mean == 0).all() and torch.allclose(norm.running_var + norm.eps, torch.ones(()), atol=2e-5)
     if isinstance(norm, FrozenBatchNorm2d) and folded:
         raise ValueError(
-            f"KD.OVERHAUL.MARGIN 'norm' is wrong at {tap!r}: the statistics of its frozen batch norm are folded into weight "
-            f"and bias (running mean 0, variance 1), which then do not describe the responses; use 'calibrated'."
+            f"KD.OVERHAUL.MARGIN 'norm' is wrong at {tap!r}: its frozen batch norm's statistics are folded into weight and "
+            f"bias (running mean 0, variance 1), which then do not describe the responses; use 'calibrated'."
         )
     return norm.weight.detach(), norm.bias.detach()
