@@ -1,11 +1,11 @@
 """
 NST, like what you like: neuron selectivity transfer: arXiv 1707.01219.
 
-Shapes: S is (N, Cs, P) and T is (N, Ct, P), with P = H W positions. s_j and t_i are their rows divided by their L2 norm,
-the samples between which the maximum mean discrepancy is taken (equation 4):
+Shapes: S is (N, Cs, P) and T is (N, Ct, P), with P = H W positions. s_j and t_i are their rows divided by their L2
+norm, the samples between which the maximum mean discrepancy is taken (equation 4):
 ``mean_ii' k(t_i, t_i') + mean_jj' k(s_j, s_j') - 2 mean_ij k(t_i, s_j)``.
 
-The maps themselves are never normalised: a row of S enters with the factor 1 / |S_j| wherever a product with it is small.
+The maps themselves are never normalised: 1 / |S_j| is applied to the small products of row j instead.
 """
 
 from typing import Callable, Iterator, Optional, Tuple
@@ -53,7 +53,7 @@ def nst_loss(
         An all-zero channel is the zero vector and gets zero gradient.
 
     Raises:
-        ValueError: an unknown kernel, a degree that is not a positive integer; batches, types or a mask that do not fit.
+        ValueError: an unknown kernel, a degree that is no positive integer; batches, types or a mask that do not fit.
     """
     if kernel not in _KERNELS:
         raise ValueError(f"nst_loss: {unknown_name('kernel', kernel, _KERNELS)}")
@@ -170,7 +170,7 @@ def _gaussian(products: Tensor, x2: Tensor, y2: Tensor, sigma2: Tensor) -> Tuple
 
 
 class _GramMMD(Function):
-    """Any kernel by the three blocks of channels, some rows of them at a time where whole ones would outgrow the maps."""
+    """Any kernel by the three blocks of channels, some rows at a time where whole ones would outgrow the maps."""
 
     @staticmethod
     def forward(ctx, s: Tensor, t: Tensor, invalid: Optional[Tensor], kernel: Kernel) -> Tensor:

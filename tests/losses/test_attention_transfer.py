@@ -3,7 +3,7 @@ import torch
 
 from kd_det.losses.attention_transfer import attention_map, attention_transfer_loss, gradient_attention_loss
 
-MAPPINGS = [("sum", 2), ("sum_pow", 2), ("sum_pow", 1), ("sum_pow", 3.5), ("max_pow", 1), ("max_pow", 2), ("max_pow", 4)]
+MAPPINGS = [("sum", 2), *(("sum_pow", p) for p in (1, 2, 3.5)), *(("max_pow", p) for p in (1, 2, 4))]
 
 
 def randn(*shape, seed=0):

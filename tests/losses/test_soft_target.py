@@ -30,7 +30,7 @@ def test_value_and_gradient_are_the_definition(temperature):
 
 
 def test_by_hand():
-    # softmax(ln 3, 0) = (3/4, 1/4) against (1/2, 1/2): 3/4 ln 3/2 + 1/4 ln 1/2; doubled logits at T = 2 are the same, x 4.
+    # softmax(ln 3, 0) = (3/4, 1/4) against (1/2, 1/2): 3/4 ln 3/2 + 1/4 ln 1/2; with logits and T doubled 4 times that.
     student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     torch.testing.assert_close(soft_target_loss(student, teacher, temperature=1), torch.tensor(kl))

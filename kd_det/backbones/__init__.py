@@ -1,0 +1,5 @@
+"""Student backbones that Detectron2 lacks."""
+
+from kd_det.backbones.timm_backbone import TimmBackbone, add_timm_config
+
+__all__ = ["TimmBackbone", "add_timm_config"]

@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""
+Train a detector with or without a teacher, or evaluate it: Detectron2's tools/train_net.py for configs with KD keys.
+
+    tools/train_net.py --config-file configs/Quickstart/student_R_18_FPN.yaml
+    tools/train_net.py --config-file any_student.yaml --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml
+"""
+
+from detectron2.engine import default_setup
+
+from kd_det.engine import Trainer, argument_parser, check_run, evaluate, launch, load_config, parse_arguments, run_tool
+
+
+def main(args):
+    cfg = load_config(args)
+    default_setup(cfg, args)
+    if args.eval_only:
+        return evaluate(cfg, Trainer, resume=args.resume)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def check_and_launch(args):
+    check_run(load_config(args), args)
+    launch(main, args)
+
+
+if __name__ == "__main__":
+    run_tool(check_and_launch, parse_arguments(argument_parser()))
