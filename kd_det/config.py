@@ -40,6 +40,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.WARMUP_ITERS = 0
     # Iteration from which every distillation loss is off (-1: never).
     cfg.KD.STOP_ITER = -1
+    # A loss that is not finite: "stop" the run, or "skip" the step and count it. Either way the batch is written to
+    # OUTPUT_DIR/non_finite. Read by kd_det.engine.Trainer.
+    cfg.KD.NON_FINITE = "stop"
 
     cfg.KD.STUDENT = CN()
     # The student's own meta-architecture, as MODEL.META_ARCHITECTURE would name it without distillation.
@@ -66,6 +69,11 @@ def add_kd_config(cfg: CN) -> None:
     node = add_loss_config(cfg, "SOFT_TARGET", weight=1.0)
     # T: both softmaxes are taken at logits / T, and the loss is multiplied by T^2.
     node.TEMPERATURE = 2.0
+
+    # Teacher-bounded box regression (Chen et al., NIPS 2017) on the student's sampled foreground regions.
+    node = add_loss_config(cfg, "BOUNDED_REGRESSION", weight=1.0)
+    # m of Eq. 4: a student better than the teacher by this squared error is left alone.
+    node.MARGIN = 0.0
 
     # AT, attention transfer (arXiv 1612.03928), activation-based; the weight is beta / 2 of Eq. 2.
     node = add_loss_config(cfg, "AT", weight=1.0, taps=("p2", "p3", "p4", "p5"))

@@ -152,6 +152,7 @@ class Distiller(nn.Module):
             image_sizes(batched_inputs),
             canvas,
             instances=[x["instances"] for x in batched_inputs] if "instances" in batched_inputs[0] else None,
+            student_head=self._region_taps.head if self._region_taps is not None else None,
             student_stages=stages,
             teacher_head=self._teacher_head,
             teacher_outputs=teacher_outputs,

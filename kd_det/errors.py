@@ -3,7 +3,7 @@
 import difflib
 from typing import Iterable
 
-__all__ = ["unknown_name"]
+__all__ = ["one_line", "unknown_name"]
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], most: int = 12) -> str:
@@ -23,3 +23,10 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], most: int = 12) -> 
     more = f" and {len(valid) - most} more" if len(valid) > most else ""
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     return f"Unknown {kind} {name!r}. {hint}Valid names: {shown}{more}."
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line; an ``OSError`` says its file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

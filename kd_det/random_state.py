@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-__all__ = ["get_random_state", "preserved_random_state", "set_random_state"]
+__all__ = ["get_random_state", "preserved_random_state", "seed_everything", "set_random_state"]
 
 
 def get_random_state() -> dict:
@@ -40,3 +40,11 @@ def preserved_random_state():
         yield
     finally:
         set_random_state(state)
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seed the CPU's random states from numbers of any size, such as a run's seed and an image's place."""
+    words = np.random.SeedSequence(entropy).generate_state(8)
+    random.seed(int.from_bytes(words.tobytes(), "little"))
+    np.random.seed(words)
+    torch.default_generator.manual_seed(int(words[:2].view(np.int64)[0]) & (2**63 - 1))

@@ -10,10 +10,10 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
-__all__ = ["RegionHead", "RegionOutputs", "RegionTaps", "Regions", "valid_mask"]
+__all__ = ["RegionHead", "RegionOutputs", "RegionTaps", "RegionTargets", "Regions", "valid_mask"]
 
 
 @dataclass
@@ -30,6 +30,29 @@ class RegionOutputs:
     features: Tensor
     logits: Tensor
     deltas: Tensor
+
+
+@dataclass
+class RegionTargets:
+    """
+    What the ground truth says of the F foreground ones among R regions.
+
+    Attributes:
+        index: which of the regions, (F,).
+        classes: their classes, (F,).
+        deltas: from their boxes to the matched ground truth, in the head's units of box regression, (F, 4).
+    """
+
+    index: Tensor
+    classes: Tensor
+    deltas: Tensor
+
+    def of_class(self, deltas: Tensor) -> Tensor:
+        """The rows and columns of (R, 4) or (R, 4 K) deltas that belong to these regions and their classes: (F, 4)."""
+        rows = deltas[self.index].unflatten(1, (-1, 4))
+        if rows.shape[1] == 1:
+            return rows[:, 0]
+        return rows[torch.arange(len(rows), device=rows.device), self.classes]
 
 
 class RegionHead:
@@ -64,6 +87,44 @@ class RegionHead:
     @property
     def num_stages(self) -> int:
         return len(self.predictors)
+
+    @property
+    def is_class_agnostic(self) -> bool:
+        return all(predictor.bbox_pred.out_features == 4 for predictor in self.predictors)
+
+    def delta_weights(self, stage: int) -> Tensor:
+        """(4,): the factors of its units of box regression."""
+        return torch.tensor(self.predictors[min(stage, self.num_stages - 1)].box2box_transform.weights)
+
+    @torch.no_grad()
+    def label(self, boxes: List[Boxes], instances: List[Instances], stage: int) -> RegionTargets:
+        """
+        Match regions that this head sampled with the ground truth, by the head's own matcher, as it did itself.
+
+        Args:
+            boxes: each image's regions.
+            instances: each image's ground truth, on the device of the boxes.
+            stage: whose regions these are.
+        """
+        is_cascade = isinstance(self.roi_heads, CascadeROIHeads)
+        matcher = self.roi_heads.proposal_matchers[stage] if is_cascade else self.roi_heads.proposal_matcher
+        transform = self.predictors[stage].box2box_transform
+        offset, index, classes, deltas = 0, [], [], []
+        for regions, truth in zip(boxes, instances):
+            if len(truth) and len(regions):
+                matched, labels = matcher(pairwise_iou(truth.gt_boxes, regions))
+                foreground = torch.nonzero(labels == 1)[:, 0]
+                matched = matched[foreground]
+                index.append(foreground + offset)
+                classes.append(truth.gt_classes[matched])
+                deltas.append(
+                    transform.get_deltas(regions.tensor[foreground], truth.gt_boxes.tensor[matched])
+                )
+            offset += len(regions)
+        if not index:
+            nothing = boxes[0].tensor.new_zeros(0)
+            return RegionTargets(nothing.long(), nothing.long(), nothing.view(0, 4))
+        return RegionTargets(torch.cat(index), torch.cat(classes), torch.cat(deltas))
 
     def __call__(self, features: Dict[str, Tensor], boxes: List[Boxes], stage: int) -> RegionOutputs:
         """
@@ -161,6 +222,7 @@ class Regions:
         canvas: Tuple[int, int],
         *,
         instances: Optional[List[Instances]] = None,
+        student_head: Optional[RegionHead] = None,
         student_stages: Optional[List[Tuple[List[Boxes], RegionOutputs]]] = None,
         teacher_head: Optional[RegionHead] = None,
         teacher_outputs: Optional[Dict[str, Tensor]] = None,
@@ -170,6 +232,7 @@ class Regions:
             image_sizes: each image's height and width.
             canvas: height and width of the padded batch.
             instances: each image's ground truth, or None if the batch has none.
+            student_head: the student's box branch.
             student_stages: the student's sampled regions, see :meth:`RegionTaps.pop`.
             teacher_head: the teacher's box branch.
             teacher_outputs: the outputs of the teacher's backbone.
@@ -177,6 +240,7 @@ class Regions:
         self.image_sizes = image_sizes
         self.canvas = canvas
         self.instances = instances
+        self._student_head = student_head
         self._student_stages = student_stages
         self._teacher_head = teacher_head
         self._teacher_outputs = teacher_outputs
@@ -209,3 +273,15 @@ class Regions:
                 for stage, (boxes, student) in enumerate(self._student_stages)
             ]
         return self._pairs
+
+    def region_targets(self, stage: int) -> RegionTargets:
+        """The ground truth of the regions in ``region_pairs()[stage]``, as the student matched them."""
+        if self.instances is None:
+            raise ValueError("This loss needs ground truth: the batch has no 'instances'.")
+        boxes, _ = self._student_stages[stage]
+        truth = [instances.to(boxes[0].device) for instances in self.instances]
+        return self._student_head.label(boxes, truth, stage)
+
+    def teacher_units(self, stage: int) -> Tensor:
+        """(4,): factors from the teacher's units of box regression (BBOX_REG_WEIGHTS) to the student's."""
+        return self._student_head.delta_weights(stage) / self._teacher_head.delta_weights(stage)

@@ -51,7 +51,7 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     teacher_cfg.MODEL.WEIGHTS = weights or teacher_cfg.MODEL.WEIGHTS
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if not teacher_cfg.MODEL.WEIGHTS:
-        raise ValueError(f"The teacher {name!r} has no weights, and a random one teaches noise: set KD.TEACHER.WEIGHTS.")
+        raise ValueError(f"The teacher {name!r} has no weights, and would teach noise: set KD.TEACHER.WEIGHTS.")
     teacher_cfg.freeze()
     return teacher_cfg
 

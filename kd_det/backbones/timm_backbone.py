@@ -4,16 +4,12 @@ Any timm model with feature maps as a Detectron2 backbone, alone or under a feat
 This file needs Detectron2 and timm, and nothing else of kd_det: an exported student carries a copy of it.
 """
 
-import difflib
 from typing import Any, Dict, Optional, Sequence
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
-from detectron2.utils.file_io import PathManager
-from torch import Tensor, nn
+from detectron2.modeling import Backbone
+from torch import Tensor
 
 __all__ = ["TimmBackbone", "add_timm_config"]
 
@@ -69,25 +65,30 @@ class TimmBackbone(Backbone):
         super().__init__()
         if norm not in _NORMS:
             raise ValueError(f"MODEL.TIMM.NORM {norm!r}: valid are {', '.join(map(repr, _NORMS))}.")
-        network = _create(name, pretrained=weights == "pretrained", **(options or {}))
+        options = {**(options or {}), "pretrained": weights == "pretrained"}
+        network = _create(name, **options)
         indices = _indices_of_levels(name, network, out_features)
-        # A second time, to be built only as deep as it is read.
-        self.net = _create(
-            name, pretrained=weights == "pretrained", out_indices=sorted(indices.values()), **(options or {})
-        )
-        if weights and weights != "pretrained":
-            _load(self.net, name, weights)
+        if max(indices.values()) < max(network.feature_info.out_indices):
+            network = _create(name, **options, out_indices=sorted(indices.values()))  # no deeper than it is read
+        if options["pretrained"] is False and weights:
+            _load(network, name, weights)
+        self.net = network
 
-        info = self.net.feature_info
-        self._order = {_LEVELS[stride]: i for i, stride in enumerate(info.reduction())}
+        info = network.feature_info
+        # Of several maps with one stride (a ViT), the deepest.
+        self._order = {_LEVELS[stride]: i for i, stride in enumerate(info.reduction()) if stride in _LEVELS}
         self._out_features = list(out_features)
         self._out_feature_channels = {level: info.channels()[i] for level, i in self._order.items()}
         self._out_feature_strides = {level: info.reduction()[i] for level, i in self._order.items()}
-        # Where each level comes from, for taps at a residual block's pre-activation.
-        self.stage_modules = {level: _module(self.net, info.module_name()[i]) for level, i in self._order.items()}
         self._channels_last = getattr(self.net, "output_fmt", None) == "NHWC"
         self._freeze(freeze_at)
         self._convert_norms(norm)
+
+    @property
+    def stage_modules(self) -> Dict[str, nn.Module]:
+        """The modules whose outputs are the levels, for taps inside them."""
+        names = self.net.feature_info.module_name()
+        return {level: _module(self.net, names[i]) for level, i in self._order.items()}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Optional[ShapeSpec] = None) -> Dict:
@@ -107,3 +108,137 @@ class TimmBackbone(Backbone):
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
         return {level: maps[self._order[level]] for level in self._out_features}
+
+    def _freeze(self, freeze_at: int) -> None:
+        if not 0 <= freeze_at <= 5:
+            raise ValueError(f"MODEL.BACKBONE.FREEZE_AT must be 0 to 5, found {freeze_at}.")
+        if freeze_at == 0:
+            return
+        # timm's own feature networks rely on it as well: modules are registered in the order in which they run.
+        modules, stages = dict(self.net.named_modules()), self.stage_modules
+        order = {module: i for i, module in enumerate(modules.values())}
+        shallowest, *_ = levels = sorted(stages, key=self._out_feature_strides.get)
+        frozen_levels = [level for level in levels if int(level[-1]) <= freeze_at]
+        if frozen_levels:
+            end = max(order[m] for level in frozen_levels for m in stages[level].modules()) + 1
+        else:
+            end = order[stages[shallowest]]
+        for name, module in list(modules.items())[:end]:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                parent, _, child = name.rpartition(".")
+                setattr(modules[parent], child, _frozen_norm(module))
+
+    def _convert_norms(self, norm: str) -> None:
+        if norm == "FrozenBN":
+            self.net = _frozen_norm(self.net)
+        elif norm == "SyncBN":
+            from timm.layers import convert_sync_batchnorm
+
+            self.net = convert_sync_batchnorm(self.net)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """``MODEL.TIMM`` alone, with the outputs ``MODEL.TIMM.OUT_FEATURES``."""
+    return TimmBackbone(cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``MODEL.TIMM`` under Detectron2's feature pyramid, p2 to p6."""
+    return _pyramid(cfg, TimmBackbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``MODEL.TIMM`` under the feature pyramid of RetinaNet and FCOS, p3 to p7."""
+    bottom_up = TimmBackbone(cfg, input_shape)
+    channels = bottom_up.output_shape()["res5"].channels
+    return _pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+    in_features = cfg.MODEL.FPN.IN_FEATURES
+    given = list(bottom_up.output_shape())
+    if not in_features or not set(in_features) <= set(given):
+        raise ValueError(f"MODEL.FPN.IN_FEATURES {list(in_features)} must name levels of MODEL.TIMM.OUT_FEATURES {given}.")
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=in_features,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _create(name: str, **options) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise ImportError("A timm backbone needs timm: pip install timm.") from None
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(f"MODEL.TIMM.NAME {name!r} is no timm model. Nearest: {', '.join(near) or 'none'}.")
+    try:
+        return timm.create_model(name, features_only=True, **options)
+    except (RuntimeError, NotImplementedError, AttributeError, AssertionError, TypeError) as e:
+        raise ValueError(f"MODEL.TIMM.NAME {name!r} does not give feature maps with {options}: {e}") from e
+
+
+def _indices_of_levels(name: str, network: nn.Module, out_features: Sequence[str]) -> Dict[str, int]:
+    """Of each wanted level, its index among the network's maps; the deepest of several with one stride."""
+    info = network.feature_info
+    given = {_LEVELS.get(stride): index for index, stride in zip(info.out_indices, info.reduction())}
+    missing = [level for level in out_features if level not in given]
+    if missing or not out_features:
+        raise ValueError(
+            f"timm's {name!r} gives maps of stride {info.reduction()}, and MODEL.TIMM.OUT_FEATURES "
+            f"{list(out_features)} wants of {_LEVELS}: {missing or 'nothing'} cannot be had. A feature pyramid needs a model "
+            f"with maps of several strides."
+        )
+    return {level: given[level] for level in out_features}
+
+
+def _load(network: nn.Module, name: str, path: str) -> None:
+    """timm's own weights of the whole model; what is behind the features (a classifier) is left over."""
+    from timm.models import load_state_dict
+
+    try:
+        local = PathManager.get_local_path(path)
+        state = load_state_dict(local)
+    except OSError:
+        raise FileNotFoundError(f"MODEL.TIMM.WEIGHTS cannot be read: {path!r}.") from None
+    # A network of features names its modules "stages_0" or "model.stages.0" where the whole model has "stages.0".
+    state = {_flat(key): value for key, value in state.items()}
+    own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    missing = [key for key in own if _flat(key) not in state]
+    misshapen = [
+        f"{key} is {tuple(state[_flat(key)].shape)}, expected {tuple(value.shape)}"
+        for key, value in own.items()
+        if key not in missing and state[_flat(key)].shape != value.shape
+    ]
+    if missing or misshapen:
+        raise ValueError(
+            f"MODEL.TIMM.WEIGHTS {path!r} are not those of {name!r}: "
+            f"{len(missing)} missing {missing[:3]}, {len(misshapen)} misshapen {misshapen[:3]}."
+        )
+    network.load_state_dict({key: state[_flat(key)] for key in own}, strict=False)
+
+
+def _flat(key: str) -> str:
+    return key.removeprefix("model.").replace(".", "_")
+
+
+def _module(network: nn.Module, name: str) -> nn.Module:
+    modules = dict(network.named_modules())
+    flattened = name.replace(".", "_", 1)
+    return next(modules[n] for n in (name, flattened, f"model.{name}") if n in modules)
+
+
+def _frozen_norm(module: nn.Module) -> nn.Module:
+    from timm.utils import freeze_batch_norm_2d
+
+    return freeze_batch_norm_2d(module)

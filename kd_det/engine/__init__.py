@@ -4,12 +4,17 @@ from kd_det.engine.arguments import add_teacher, argument_parser, load_config, p
 from kd_det.engine.checks import check_run
 from kd_det.engine.cli import run_tool
 from kd_det.engine.launch import launch
+from kd_det.engine.loader import ResumableLoader, build_train_loader
+from kd_det.engine.stopping import RESUMABLE
 from kd_det.engine.trainer import Trainer, evaluate
 
 __all__ = [
+    "RESUMABLE",
+    "ResumableLoader",
     "Trainer",
     "add_teacher",
     "argument_parser",
+    "build_train_loader",
     "check_run",
     "evaluate",
     "launch",

@@ -5,10 +5,9 @@ from collections.abc import Callable
 
 from detectron2.utils import comm
 
-__all__ = ["RESUMABLE", "USER_ERRORS", "UserError", "run_tool"]
+from kd_det.errors import one_line
 
-# Exit status of a run that was asked to stop, saved its state and can be resumed: EX_TEMPFAIL of sysexits.h.
-RESUMABLE = 75
+__all__ = ["USER_ERRORS", "UserError", "run_tool"]
 
 # What a user can cause and mend. Anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, FloatingPointError, OSError)
@@ -33,10 +32,3 @@ def run_tool(main: Callable, *args):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line; an ``OSError`` says its file."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__

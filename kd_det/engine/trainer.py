@@ -1,4 +1,4 @@
-"""Detectron2's ``DefaultTrainer`` with evaluators, on any number of processes with or without GPUs."""
+"""Detectron2's ``DefaultTrainer`` with evaluators and exact resumption, on any number of processes and devices."""
 
 import logging
 import os
@@ -6,8 +6,8 @@ import weakref
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer
-from detectron2.engine.train_loop import SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -15,8 +15,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.checkpoint import SafeCheckpointer, load_strictly
-from kd_det.errors import unknown_name
-from kd_det.random_state import preserved_random_state
+from kd_det.data import DatasetError
+from kd_det.engine.cli import UserError
+from kd_det.engine.loader import build_train_loader
+from kd_det.engine.step import TrainStep
+from kd_det.engine.stopping import CheckpointHook, StopSignals
+from kd_det.errors import one_line, unknown_name
+from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
 
 __all__ = ["EVALUATORS", "Trainer", "evaluate"]
 
@@ -33,6 +38,10 @@ class Trainer(DefaultTrainer):
     """
     Trains what ``build_model`` builds, a Distiller or a plain model, and evaluates it on ``DATASETS.TEST``. Override
     ``build_train_loader``, ``build_evaluator`` and the other class methods as those of ``DefaultTrainer``.
+
+    A run that was killed and resumed goes on from its last checkpoint bit for bit as one never stopped (on the CPU):
+    checkpoints also hold the optimizer (which v0.6's own leave out), the random state of every process and the order
+    of the data. For the latter, ``build_train_loader`` must return a :class:`ResumableLoader`.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -44,13 +53,98 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         model = _distributed(model)
-        self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        kd = cfg.get("KD", {})
+        self._trainer = TrainStep(
+            model,
+            data_loader,
+            optimizer,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            non_finite=kd.get("NON_FINITE", "stop"),
+            dump_dir=os.path.join(cfg.OUTPUT_DIR, "non_finite"),
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._signals = StopSignals()
+        self._random_states: dict = {}  # of every rank, and the iteration after which they were
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list:
+        ret = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
+        before_evaluation = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
+        ret.insert(
+            before_evaluation, CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, self._signals)
+        )
+        return ret
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if self.start_iter and hasattr(self.data_loader, "start_at"):
+            self.data_loader.start_at(self.start_iter)
+        elif self.start_iter:
+            logger.warning("This train loader cannot go on where it was: the order of the data starts anew.")
+
+    def train(self):
+        """
+        As ``DefaultTrainer.train``.
+
+        Raises:
+            SystemExit: with status 75, after SIGTERM or SIGINT: the step was finished, and all is saved to resume.
+        """
+        log = logging.getLogger("detectron2.engine.train_loop")
+        log.addFilter(_without_traceback)
+        try:
+            with self._signals:
+                return super().train()
+        finally:
+            log.removeFilter(_without_traceback)
+
+    def before_train(self):
+        super().before_train()
+        states = self._random_states.get("states", ())
+        if comm.get_rank() < len(states):
+            set_random_state(states[comm.get_rank()])
+
+    def gather_random_states(self) -> None:
+        """Bring the random states of all processes to the one that saves. All processes must call it."""
+        self._random_states = {"iteration": self.iter, "states": comm.gather(get_random_state())}
+
+    def state_dict(self) -> dict:
+        ret = super().state_dict()
+        ret.setdefault("_trainer", self._trainer.state_dict())  # v0.6 leaves it out
+        if hasattr(self.data_loader, "state_dict"):
+            ret["data_loader"] = self.data_loader.state_dict()
+        if self._random_states.get("iteration") == self.iter:
+            ret["random_states"] = self._random_states
+        return ret
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" not in state_dict:
+            logger.warning("The checkpoint brings no optimizer state: momentum starts anew.")
+        else:
+            try:
+                self._trainer.load_state_dict(state_dict["_trainer"])
+            except ValueError as e:
+                raise ValueError(f"The checkpoint is of a run with other losses or another model: {e}.") from e
+        self._random_states = state_dict.get("random_states", {})
+        self._load_order_of_data(state_dict.get("data_loader"))
+
+    def _load_order_of_data(self, saved: dict | None) -> None:
+        if saved is None or not hasattr(self.data_loader, "load_state_dict"):
+            return
+        self.data_loader.load_state_dict(saved)
+        now = self.data_loader.state_dict()
+        changed = [f"{key} was {saved[key]}, is {now[key]}" for key in saved if saved[key] != now[key]]
+        if changed:
+            logger.warning(f"Resumed with other batches ({', '.join(changed)}): from here on, the run is another one.")
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """See :func:`kd_det.engine.build_train_loader`; override to pass a mapper or a data set."""
+        return build_train_loader(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -94,6 +188,14 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
         weights = checkpointer.get_checkpoint_file()
     load_strictly(model, weights, who="student")
     return trainer_class.test(cfg, model)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Shortens Detectron2's "Exception during training" to one line where a user can mend the cause."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, (DatasetError, FloatingPointError, UserError)):
+        record.msg, record.args, record.exc_info = f"{record.msg} {one_line(error)}", (), None
+    return True
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -6,16 +6,18 @@ from kd_det.losses.attention_transfer import (
     attention_transfer_loss,
     gradient_attention_loss,
 )
+from kd_det.losses.bounded_regression import BoundedRegressionLoss, bounded_regression_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, build_losses, loss_class
 from kd_det.losses.hint import HintLoss, hint_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
 from kd_det.losses.overhaul import OverhaulLoss, margin_from_norm, margin_relu, overhaul_loss, partial_l2_loss
 from kd_det.losses.similarity import SimilarityLoss, similarity_preserving_loss
-from kd_det.losses.soft_target import SoftTargetLoss, bounded_regression_loss, soft_target_loss
+from kd_det.losses.soft_target import SoftTargetLoss, soft_target_loss
 
 __all__ = [
     "DISTILLATION_LOSS_REGISTRY",
     "AttentionTransferLoss",
+    "BoundedRegressionLoss",
     "DistillationLoss",
     "HintLoss",
     "NSTLoss",

@@ -176,8 +176,8 @@ def _partial_residual(student: Tensor, target: Tensor, channels: slice, out: Ten
 
 class Margin(nn.Module):
     """
-    The margin m_c = E[x_c | x_c < 0] of the teacher's responses, per channel, with how many responses it was taken from.
-    Both are buffers: they are saved, restored and moved with the loss.
+    The margin m_c = E[x_c | x_c < 0] of the teacher's responses, per channel, and how many responses it was taken
+    from. Both are buffers: they are saved, restored and moved with the loss.
     """
 
     def __init__(self, channels: int):
@@ -317,7 +317,7 @@ def _norm_behind(teacher: nn.Module, tap: str) -> tuple[Tensor, Tensor]:
     folded = (norm.running_mean == 0).all() and torch.allclose(norm.running_var + norm.eps, torch.ones(()), atol=2e-5)
     if isinstance(norm, FrozenBatchNorm2d) and folded:
         raise ValueError(
-            f"KD.OVERHAUL.MARGIN 'norm' is wrong at {tap!r}: its frozen batch norm's statistics are folded into weight and "
+            f"KD.OVERHAUL.MARGIN 'norm' is wrong at {tap!r}: its frozen norm's statistics are folded into weight and "
             f"bias (running mean 0, variance 1), which then do not describe the responses; use 'calibrated'."
         )
     return norm.weight.detach(), norm.bias.detach()

@@ -1,6 +1,5 @@
-"""What a region head says: soft targets, arXiv 1503.02531, and the teacher-bounded regression of Chen et al."""
+"""Soft targets: arXiv 1503.02531."""
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
@@ -10,7 +9,7 @@ from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
 from kd_det.regions import RegionHead
 from kd_det.taps import tap_shape
 
-__all__ = ["SoftTargetLoss", "bounded_regression_loss", "soft_target_loss"]
+__all__ = ["SoftTargetLoss", "soft_target_loss"]
 
 
 @full_precision
@@ -43,44 +42,6 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     log_s = F.log_softmax(student / temperature, dim=1)
     log_t = F.log_softmax(teacher / temperature, dim=1)
     return temperature**2 * F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1).mean()
-
-
-@full_precision
-def bounded_regression_loss(
-    student_deltas: Tensor, teacher_deltas: Tensor, target_deltas: Tensor, *, margin: float = 0.0
-) -> Tensor:
-    """
-    The teacher as an upper bound of the student's error in box regression (Chen et al., Learning efficient object
-    detection models with knowledge distillation, NIPS 2017, equation 4): per region ``|s - y|^2`` if
-    ``|s - y|^2 + margin > |t - y|^2``, else 0; averaged over regions.
-
-    Args:
-        student_deltas: (R, 4), what the student predicts for R foreground regions, of the region's class.
-        teacher_deltas: (R, 4), the teacher's for the same regions, in the same units; is detached.
-        target_deltas: (R, 4), those of the ground truth.
-        margin: m >= 0, by how much of squared error the student must be better than the teacher to be left alone.
-
-    Returns:
-        A scalar; 0 for no region.
-
-    Raises:
-        ValueError: shapes that differ, or a negative margin.
-    """
-    name = "bounded_regression_loss"
-    if not student_deltas.shape == teacher_deltas.shape == target_deltas.shape or student_deltas.dim() != 2:
-        raise ValueError(
-            f"{name}: student, teacher and target must all be (R, 4), found shapes {tuple(student_deltas.shape)}, "
-            f"{tuple(teacher_deltas.shape)} and {tuple(target_deltas.shape)}."
-        )
-    if not margin >= 0:
-        raise ValueError(f"{name}: the margin must be a number >= 0, found {margin}.")
-    student, teacher = to_float(name, student_deltas, teacher_deltas)
-    _, target = to_float(name, student_deltas, target_deltas)
-    if student.numel() == 0:
-        return zero_loss(student)
-    error = (student - target).square().sum(1)
-    bound = (teacher - target).square().sum(1)
-    return torch.where(error + margin > bound, error, 0).mean()
 
 
 @DISTILLATION_LOSS_REGISTRY.register()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kd_det.losses.soft_target import bounded_regression_loss, soft_target_loss
+from kd_det.losses import bounded_regression_loss, soft_target_loss
 
 
 def randn(*shape, seed=0):

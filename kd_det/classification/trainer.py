@@ -1,0 +1,97 @@
+"""The trainer of the pretraining stage: kd_det's, with images of classes, an average of the weights, a backbone file."""
+
+import contextlib
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from torch import nn
+
+from kd_det.classification.average import AverageWeights, WeightAverage
+from kd_det.classification.evaluator import ClassificationEvaluator
+from kd_det.classification.loader import build_test_loader, build_train_loader
+from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
+from kd_det.engine.trainer import EVALUATORS, Trainer
+
+__all__ = ["BACKBONE_FILE", "ClassificationTrainer"]
+
+logger = logging.getLogger(__name__)
+
+BACKBONE_FILE = "backbone.pkl"
+
+EVALUATORS["classification"] = lambda name, output_dir: ClassificationEvaluator()
+
+
+class ClassificationTrainer(Trainer):
+    """
+    Trains an ``ImageClassifier``, plain or as a Distiller's student. With ``CLASSIFICATION.EMA_DECAY``, the average of
+    the weights is what is evaluated and exported; checkpoints hold both. At the end the backbone is written to
+    ``OUTPUT_DIR/backbone.pkl``.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        super().__init__(cfg)
+        if self.average is not None:
+            self.checkpointer.add_checkpointable("ema", self.average)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
+
+    def build_hooks(self):
+        # DefaultTrainer's __init__ calls this with the model built and nothing loaded.
+        decay = self.cfg.CLASSIFICATION.EMA_DECAY
+        self.average = WeightAverage(_plain(self.model), decay) if decay else None
+        ret = super().build_hooks()
+        if self.average is not None:
+            # Before the checkpointer, so that a checkpoint holds the average of its own weights.
+            ret.insert(0, AverageWeights(self.average))
+            ret = [_Evaluation(self) if isinstance(hook, hooks.EvalHook) else hook for hook in ret]
+        return [*ret, _ExportBackbone()]
+
+    def averaged(self):
+        """Inside this context, the model's weights are their average, if one is kept."""
+        return self.average.applied() if self.average is not None else contextlib.nullcontext()
+
+
+class _Evaluation(hooks.EvalHook):
+    def __init__(self, trainer: ClassificationTrainer):
+        def evaluate():
+            with trainer.averaged():
+                trainer._last_eval_results = trainer.test(trainer.cfg, trainer.model)
+            return trainer._last_eval_results
+
+        super().__init__(trainer.cfg.TEST.EVAL_PERIOD, evaluate)
+
+
+class _ExportBackbone(HookBase):
+    def after_train(self):
+        trainer = self.trainer
+        skipped = trainer.data_loader.dataset.skipped
+        if skipped:
+            logger.warning(f"{skipped} times an image that cannot be read was skipped by this process")
+        if trainer.iter + 1 < trainer.max_iter or not comm.is_main_process():
+            return
+        path = os.path.join(trainer.cfg.OUTPUT_DIR, BACKBONE_FILE)
+        with trainer.averaged():
+            save_backbone(path, backbone_weights(_plain(trainer.model)), backbone_metadata(trainer.cfg))
+        logger.info(f"Backbone for detectors: {path} ({_usage(trainer.cfg)})")
+
+
+def _usage(cfg: CfgNode) -> str:
+    images = f"INPUT.FORMAT {cfg.INPUT.FORMAT} MODEL.PIXEL_MEAN {list(cfg.MODEL.PIXEL_MEAN)}"
+    classes = len(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).classes)
+    return f"{classes} classes; use it with {images} MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)}"
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """What is inside DDP and a Distiller."""
+    model = getattr(model, "module", model)
+    return getattr(model, "student", model)

@@ -1,0 +1,348 @@
+"""The registered modules: they are their functions, with the connectors, margins and samples that a detector needs."""
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from kd_det.config import add_kd_config
+from kd_det.losses import (
+    DISTILLATION_LOSS_REGISTRY,
+    AttentionTransferLoss,
+    BoundedRegressionLoss,
+    HintLoss,
+    NSTLoss,
+    OverhaulLoss,
+    SimilarityLoss,
+    SoftTargetLoss,
+    attention_transfer_loss,
+    bounded_regression_loss,
+    hint_loss,
+    margin_from_norm,
+    nst_loss,
+    overhaul_loss,
+    similarity_preserving_loss,
+    soft_target_loss,
+)
+from kd_det.regions import RegionHead, Regions
+from tests.tiny import batch, distillation_cfg, tiny_cfg
+
+SIZES, CANVAS = [(64, 96), (48, 64)], (64, 96)
+
+
+@pytest.fixture
+def regions():
+    return Regions(SIZES, CANVAS)
+
+
+@pytest.fixture
+def maps():
+    """Two levels: student maps of 4 channels, teacher maps of 6."""
+    student = [torch.randn(2, 4, 16, 24), torch.randn(2, 4, 8, 12)]
+    teacher = [torch.randn(2, 6, 16, 24), torch.randn(2, 6, 8, 12)]
+    return student, teacher
+
+
+TAPS = {"student_taps": ["p2", "p3"]}
+CHANNELS = {"student_channels": [4, 4], "teacher_channels": [6, 6]}
+
+
+class TestAreTheirFunctions:
+    def test_nst(self, maps, regions):
+        options = {"kernel": "poly", "degree": 3, "offset": 0.5}
+        expected = sum(nst_loss(s, t, valid=regions.valid(s), **options) for s, t in zip(*maps))
+        assert NSTLoss(**TAPS, **options)(*maps, regions).item() == expected.item()
+
+    def test_attention_transfer(self, maps, regions):
+        options = {"mapping": "max_pow", "p": 4, "reduction": "element"}
+        expected = sum(attention_transfer_loss(s, t, valid=regions.valid(s), **options) for s, t in zip(*maps))
+        assert AttentionTransferLoss(**TAPS, **options)(*maps, regions).item() == expected.item()
+
+    def test_hint(self, maps, regions):
+        loss = HintLoss(**TAPS, **CHANNELS)
+        expected = sum(hint_loss(c(s), t, valid=regions.valid(s)) for c, s, t in zip(loss.connectors, *maps))
+        assert loss(*maps, regions).item() == expected.item()
+
+    def test_overhaul_halves_each_shallower_stage(self, maps, regions):
+        margins = [(torch.rand(6) + 0.5, torch.randn(6)) for _ in range(2)]
+        loss = OverhaulLoss(**TAPS, **CHANNELS, margin=margins, connector_norm="")
+        terms = [
+            overhaul_loss(c(s), t, margin_from_norm(*m), valid=regions.valid(s))
+            for c, s, t, m in zip(loss.connectors, *maps, margins)
+        ]
+        assert loss(*maps, regions).item() == pytest.approx(0.5 * terms[0].item() + terms[1].item(), rel=1e-6)
+
+    def test_soft_target_at_a_tap(self, regions):
+        student, teacher = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
+        loss = SoftTargetLoss(student_taps=["head.cls_score"], temperature=3.0)
+        expected = soft_target_loss(student, teacher, temperature=3.0)
+        assert not loss.needs_regions and loss([student], [teacher], regions).item() == expected.item()
+
+    def test_levels_that_differ_in_number(self, maps, regions):
+        with pytest.raises(ValueError, match="gave 2 maps and the teacher taps .* gave 1"):
+            NSTLoss(**TAPS)(maps[0], maps[1][:1], regions)
+
+    def test_every_registered_loss_has_its_config_node(self):
+        cfg = tiny_cfg()
+        ours = [cls for name, cls in DISTILLATION_LOSS_REGISTRY if cls.__module__.startswith("kd_det.losses.")]
+        assert len(ours) >= 7
+        common = {"WEIGHT", "STUDENT_TAPS", "TEACHER_TAPS", "WARMUP_ITERS", "STOP_ITER"}
+        for cls in ours:
+            assert common <= set(cfg.KD[cls.name.upper()])
+
+
+def pre_activation_by_hand(block, x):
+    out = torch.relu(block.conv1(x))
+    out = block.conv3(torch.relu(block.conv2(out)))
+    return out + block.shortcut(x)
+
+
+class TestMargins:
+    TAP = "res4.pre_activation"
+
+    def cfg(self, tmp_path, **opts):
+        taps = {"KD__OVERHAUL__STUDENT_TAPS": [self.TAP], "KD__OVERHAUL__TEACHER_TAPS": [self.TAP]}
+        return distillation_cfg(tmp_path, "Overhaul", **taps, **opts)
+
+    def by_hand(self, teacher, batches):
+        """The mean negative response of each channel, position by position, image by image, without padding."""
+        values = [[] for _ in range(32)]
+        for inputs in batches:
+            for x in inputs:
+                body = teacher.backbone.bottom_up
+                with torch.no_grad():
+                    y = body.res3(body.res2(body.stem(teacher.preprocess_image([x]).tensor)))
+                    y = pre_activation_by_hand(body.res4[-1], y)[0]
+                height, width = x["image"].shape[-2:]
+                y = y[:, : -(-height // 16), : -(-width // 16)]
+                for c in range(32):
+                    values[c] += y[c][y[c] < 0].tolist()
+        return torch.tensor([sum(v) / max(len(v), 1) for v in values]), torch.tensor([len(v) for v in values])
+
+    def test_calibrated_is_the_brute_force_mean(self, tmp_path):
+        model = build_model(self.cfg(tmp_path))
+        # Sizes that need no padding alone, so that by hand is image by image; together, the second is padded.
+        batches = [batch(((64, 96), (64, 64)), seed=s) for s in range(3)]
+        # Padding changes the values beside it through the 3x3 convolutions, so images are compared one a batch.
+        model.calibrate([[x] for inputs in batches for x in inputs])
+        value, count = self.by_hand(model.teacher, batches)
+        (margin,) = model.losses["overhaul"].margins
+        assert torch.equal(margin.count, count) and count.sum() > 100
+        torch.testing.assert_close(margin.value, value, rtol=1e-4, atol=1e-6)
+
+    def test_padding_is_not_observed(self, tmp_path):
+        model = build_model(self.cfg(tmp_path))
+        (margin,) = model.losses["overhaul"].margins
+        features = -torch.ones(2, 32, 4, 6)
+        features[1, :, 3:] = features[1, :, :, 4:] = -100.0  # the padding of an image of 48 x 64
+        model.losses["overhaul"].observe([features], Regions(SIZES, CANVAS))
+        assert (margin.value == -1).all() and (margin.count == 4 * 6 + 3 * 4).all()
+
+    def test_calibrated_before_step_0_on_the_first_training_images(self, tmp_path):
+        images = batch(((64, 96), (64, 64), (96, 64)))
+        seen = []
+
+        def source(wanted):
+            seen.append(wanted)
+            return [[x] for x in images[:wanted]]
+
+        model = build_model(self.cfg(tmp_path, KD__OVERHAUL__CALIBRATION_IMAGES=3)).train()
+        model._calibration_batches = source
+        model(batch()), model(batch())
+        assert seen == [3]
+        value, _ = self.by_hand(model.teacher, [images])
+        torch.testing.assert_close(model.losses["overhaul"].margins[0].value, value, rtol=1e-4, atol=1e-6)
+
+    def test_the_training_set_is_read_without_augmentation_or_random_numbers(self, tmp_path):
+        import cv2
+        import numpy as np
+
+        image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "image.png"), image)
+        annotation = {"bbox": [0, 0, 20, 20], "bbox_mode": 0, "category_id": 0}
+        record = {"file_name": str(tmp_path / "image.png"), "height": 64, "width": 96, "image_id": 0}
+        DatasetCatalog.register("tiny_calibration", lambda: [{**record, "annotations": [annotation]}])
+        try:
+            sizes = ["INPUT.MIN_SIZE_TEST", 64, "DATASETS.TRAIN", ["tiny_calibration"]]
+            cfg = self.cfg(tmp_path)
+            cfg.merge_from_list(sizes)
+            model = build_model(cfg).train()
+            ((x,),) = list(model._calibration_batches(5))
+            assert torch.equal(x["image"], torch.from_numpy(image).permute(2, 0, 1))
+            np.random.seed(3), torch.manual_seed(3)
+            with torch.no_grad():
+                model.backbone.train(False)
+            state = torch.get_rng_state(), np.random.get_state()[1].copy()
+            own = model._run_student
+            model._run_student = lambda *a: (_ for _ in ()).throw(InterruptedError)
+            with pytest.raises(InterruptedError):
+                model(batch())
+            model._run_student = own
+            assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
+            assert model.losses["overhaul"].margins[0].count.sum() > 0
+        finally:
+            DatasetCatalog.remove("tiny_calibration")
+
+    def test_running_is_over_all_images_so_far(self, tmp_path):
+        model = build_model(self.cfg(tmp_path, KD__OVERHAUL__MARGIN="running")).train()
+        first, second = batch(((64, 96),), seed=1), batch(((64, 96),), seed=2)
+        model(first), model(second)
+        value, count = self.by_hand(model.teacher, [first, second])
+        (margin,) = model.losses["overhaul"].margins
+        assert torch.equal(margin.count, count)
+        torch.testing.assert_close(margin.value, value, rtol=1e-4, atol=1e-6)
+
+    def test_norm_is_the_closed_form(self, tmp_path):
+        model = build_model(self.cfg(tmp_path, KD__OVERHAUL__MARGIN="norm"))
+        norm = model.teacher.backbone.bottom_up.res4[-1].conv3.norm
+        assert torch.equal(model.losses["overhaul"].margins[0].value, margin_from_norm(norm.weight, norm.bias))
+
+    def test_norm_of_a_folded_frozen_batch_norm_is_refused(self, tmp_path):
+        teacher = tiny_cfg(depth=50, width=8, MODEL__RESNETS__NORM="FrozenBN")
+        with pytest.raises(ValueError, match="folded into weight and bias .* use 'calibrated'"):
+            build_model(self.cfg(tmp_path, teacher=teacher, KD__OVERHAUL__MARGIN="norm"))
+
+    def test_norm_without_a_batch_norm(self, tmp_path):
+        teacher = tiny_cfg(depth=50, width=8, MODEL__RESNETS__NORM="")
+        with pytest.raises(ValueError, match="needs a batch norm before 'res4.pre_activation', found NoneType"):
+            build_model(self.cfg(tmp_path, teacher=teacher, KD__OVERHAUL__MARGIN="norm"))
+
+    def test_unknown(self, tmp_path):
+        with pytest.raises(ValueError, match="Unknown KD.OVERHAUL.MARGIN 'calibrate'. Did you mean 'calibrated'"):
+            build_model(self.cfg(tmp_path, KD__OVERHAUL__MARGIN="calibrate"))
+
+    def test_margins_survive_half_precision(self, tmp_path):
+        loss = build_model(self.cfg(tmp_path)).losses["overhaul"]
+        loss.observe([torch.randn(2, 32, 4, 6)], Regions([(64, 96)] * 2, CANVAS))
+        count = loss.margins[0].count.clone()
+        assert torch.equal(loss.half().margins[0].count, count)
+
+
+class TestSimilarity:
+    def test_over_regions(self, tmp_path):
+        model = build_model(distillation_cfg(tmp_path, "Similarity")).train()
+        loss = model.losses["similarity"]
+        seen = []
+        loss.register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
+        model(batch())
+        ((regions, value),) = seen
+        ((s, t),) = regions.region_pairs()
+        assert len(s.features) == 32
+        assert value.item() == similarity_preserving_loss(s.features, t.features).item() > 0
+
+    def test_over_images_pools_the_valid_part_to_a_grid(self, regions):
+        loss = SimilarityLoss(student_taps=["p3"], samples="images", grid=2)
+        student, teacher = torch.randn(2, 4, 8, 12), torch.randn(2, 6, 8, 12)
+
+        def pooled(x):
+            # 8 x 12 positions of the first image, 6 x 8 of the second (48 x 64 pixels at stride 8), in 2 x 2 cells
+            first = x[0].unfold(1, 4, 4).unfold(2, 6, 6).mean((-1, -2))
+            second = x[1, :, :6, :8].unfold(1, 3, 3).unfold(2, 4, 4).mean((-1, -2))
+            return torch.stack([first, second])
+
+        expected = similarity_preserving_loss(pooled(student), pooled(teacher))
+        assert loss([student], [teacher], regions).item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_one_image_is_an_error(self, tmp_path):
+        loss = SimilarityLoss(student_taps=["p3"], samples="images")
+        with pytest.raises(ValueError, match="at least 2 images in the global batch, found 1"):
+            loss([torch.randn(1, 4, 8, 12)], [torch.randn(1, 4, 8, 12)], Regions([(64, 96)], CANVAS))
+        with pytest.raises(ValueError, match="IMS_PER_BATCH must be at least 2, found 1"):
+            build_model(
+                distillation_cfg(tmp_path, "Similarity", KD__SIMILARITY__SAMPLES="images", SOLVER__IMS_PER_BATCH=1)
+            )
+
+
+class TestBoundedRegression:
+    def instances(self):
+        truth = Instances(CANVAS)
+        truth.gt_boxes = Boxes(torch.tensor([[0.0, 0, 40, 40], [50, 10, 90, 60]]))
+        truth.gt_classes = torch.tensor([2, 0])
+        return truth
+
+    def test_labels_are_the_ones_the_student_was_trained_with(self, tmp_path):
+        cfg = distillation_cfg(tmp_path, "BoundedRegression")
+        model = build_model(cfg).train()
+        labelled = []
+        own = model.student.roi_heads.label_and_sample_proposals
+        model.student.roi_heads.label_and_sample_proposals = lambda *a: labelled.append(own(*a)) or labelled[-1]
+        seen = []
+        model.losses["bounded_regression"].register_forward_hook(lambda m, args, out: seen.append(args[2]))
+        model(batch())
+        targets = seen[0].region_targets(0)
+        classes = torch.cat([p.gt_classes for p in labelled[0]])
+        foreground = torch.nonzero(classes < 3)[:, 0]
+        assert len(foreground) >= 6  # the ground truth itself is among the samples
+        assert torch.equal(targets.index, foreground) and torch.equal(targets.classes, classes[foreground])
+        boxes = torch.cat([p.proposal_boxes.tensor for p in labelled[0]])[foreground]
+        truth = torch.cat([p.gt_boxes.tensor for p in labelled[0]])[foreground]
+        transform = model.student.roi_heads.box_predictor.box2box_transform
+        assert torch.equal(targets.deltas, transform.get_deltas(boxes, truth))
+
+    def test_is_its_function_on_the_regions_class(self):
+        model = build_model(tiny_cfg())
+        head = RegionHead(model.roi_heads, side="student")
+        boxes = [Boxes(torch.tensor([[0.0, 0, 38, 42], [0, 50, 10, 60], [52, 10, 90, 58]]))]
+        targets = head.label(boxes, [self.instances()], 0)
+        assert targets.index.tolist() == [0, 2] and targets.classes.tolist() == [2, 0]
+        deltas = torch.arange(3 * 12.0).view(3, 12)
+        assert targets.of_class(deltas).tolist() == [[8, 9, 10, 11], [24, 25, 26, 27]]
+        assert targets.of_class(deltas[:, :4]).tolist() == [[0, 1, 2, 3], [24, 25, 26, 27]]
+
+    def test_the_teachers_units_are_converted(self, tmp_path):
+        teacher = tiny_cfg(depth=50, width=8, MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS=[20.0, 20.0, 10.0, 10.0])
+        model = build_model(distillation_cfg(tmp_path, "BoundedRegression", teacher=teacher)).train()
+        seen = []
+        model.losses["bounded_regression"].register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
+        model(batch())
+        ((regions, value),) = seen
+        ((s, t),) = regions.region_pairs()
+        targets = regions.region_targets(0)
+        # The student's weights are Detectron2's default (10, 10, 5, 5): half of the teacher's.
+        expected = bounded_regression_loss(
+            targets.of_class(s.deltas), targets.of_class(t.deltas) / 2, targets.deltas, margin=0.0
+        )
+        assert value.item() == expected.item() > 0
+
+    def test_images_without_objects(self):
+        model = build_model(tiny_cfg())
+        empty = Instances(CANVAS)
+        empty.gt_boxes, empty.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.int64)
+        targets = RegionHead(model.roi_heads).label([Boxes(torch.rand(5, 4))], [empty], 0)
+        assert targets.of_class(torch.zeros(5, 12)).shape == targets.deltas.shape == (0, 4)
+
+    def test_class_counts_that_differ(self, tmp_path):
+        teacher = tiny_cfg(depth=50, width=8, MODEL__ROI_HEADS__NUM_CLASSES=5)
+        with pytest.raises(ValueError, match="the student has 3 classes and the teacher 5"):
+            build_model(distillation_cfg(tmp_path, "BoundedRegression", teacher=teacher))
+
+    def test_a_negative_margin(self):
+        with pytest.raises(ValueError, match="margin must be a number >= 0, found -1"):
+            BoundedRegressionLoss(margin=-1.0)
+
+
+class TestCascade:
+    @pytest.mark.parametrize("teacher_is_cascade", [True, False])
+    def test_region_losses_of_a_cascade_student(self, tmp_path, teacher_is_cascade):
+        opts = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True}
+        teacher = tiny_cfg(depth=50, width=8, **(opts if teacher_is_cascade else {}))
+        losses = ("SoftTarget", "Similarity", "BoundedRegression")
+        model = build_model(distillation_cfg(tmp_path, *losses, teacher=teacher, **opts)).train()
+        seen = []
+        model.losses["soft_target"].register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
+        losses = model(batch())
+        ((regions, value),) = seen
+        pairs = regions.region_pairs()
+        assert len(pairs) == 3 and "loss_bounded_regression" in losses
+        expected = sum(soft_target_loss(s.logits, t.logits, temperature=2.0) for s, t in pairs) / 3
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_add_kd_config_adds_only_kd():
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    del cfg["KD"]
+    assert cfg == get_cfg()
