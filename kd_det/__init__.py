@@ -10,7 +10,7 @@ from kd_det.config import add_kd_config, add_loss_config
 from kd_det.distiller import Distiller, build_student, student_cfg
 from kd_det.losses import DISTILLATION_LOSS_REGISTRY, DistillationLoss
 from kd_det.taps import Taps
-from kd_det.teacher import build_teacher
+from kd_det.teacher import build_teacher, build_teacher_architecture
 
 __version__ = "0.1.0"
 
@@ -23,5 +23,6 @@ __all__ = [
     "add_loss_config",
     "build_student",
     "build_teacher",
+    "build_teacher_architecture",
     "student_cfg",
 ]

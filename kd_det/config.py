@@ -2,6 +2,9 @@
 
 from detectron2.config import CfgNode as CN
 
+from kd_det.backbones import add_timm_config
+from kd_det.classification.config import add_classification_config
+
 __all__ = ["add_kd_config", "add_loss_config"]
 
 
@@ -31,7 +34,12 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
 
 
 def add_kd_config(cfg: CN) -> None:
-    """Add the ``KD`` node to a Detectron2 config, in place. No existing key is changed."""
+    """
+    Add the nodes ``KD``, ``CLASSIFICATION`` and ``MODEL.TIMM`` to a Detectron2 config, in place. No existing key is
+    changed.
+    """
+    add_timm_config(cfg)
+    add_classification_config(cfg)
     cfg.KD = CN()
 
     # Class names in DISTILLATION_LOSS_REGISTRY, e.g. ("NSTLoss", "SoftTargetLoss"). Empty: plain training.
@@ -40,6 +48,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.WARMUP_ITERS = 0
     # Iteration from which every distillation loss is off (-1: never).
     cfg.KD.STOP_ITER = -1
+    # Parts of the student that start from the teacher's weights where shapes agree, e.g. ("fpn", "proposal_generator",
+    # "roi_heads"); MODEL.WEIGHTS is loaded on top.
+    cfg.KD.INHERIT = ()
     # A loss that is not finite: "stop" the run, or "skip" the step and count it. Either way the batch is written to
     # OUTPUT_DIR/non_finite. Read by kd_det.engine.Trainer.
     cfg.KD.NON_FINITE = "stop"
@@ -108,3 +119,13 @@ def add_kd_config(cfg: CN) -> None:
     node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p2", "p3", "p4", "p5"))
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
+
+    # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2. Taps are read two by two,
+    # each pair is one flow.
+    node = add_loss_config(cfg, "FSP", weight=0.001, taps=("res2", "res3", "res3", "res4", "res4", "res5"))
+    # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
+    node.CONNECTOR_NORM = ""
+
+    # Gradient-based AT (arXiv 1612.03928, section 3.2), for classifiers; the weight is beta / 2 of Eq. 4. It reads no
+    # taps.
+    add_loss_config(cfg, "GRADIENT_AT", weight=1.0)

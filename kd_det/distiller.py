@@ -19,7 +19,7 @@ from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_cla
 from kd_det.random_state import preserved_random_state
 from kd_det.regions import RegionHead, Regions, RegionTaps
 from kd_det.taps import Taps
-from kd_det.teacher import Teacher, build_teacher
+from kd_det.teacher import Teacher, build_teacher, pixel_gradients, with_pixel_gradients
 
 __all__ = ["Distiller", "build_student", "student_cfg"]
 
@@ -93,6 +93,9 @@ class Distiller(nn.Module):
         if needs_regions:
             self._region_taps = RegionTaps(RegionHead(getattr(student, "roi_heads", None), side="student"))
             self._teacher_head = RegionHead(getattr(teacher, "roi_heads", None), side="teacher")
+        for loss in losses:
+            if loss.needs_input_gradients:
+                _check_task_losses(loss, student=student, teacher=teacher)
         self._warned_of_frozen_taps = False
 
     @classmethod
@@ -104,7 +107,8 @@ class Distiller(nn.Module):
             with preserved_random_state():
                 ret["teacher"] = build_teacher(cfg)
                 ret["losses"] = build_losses(cfg, student, ret["teacher"])
-            ret["calibration_batches"] = functools.partial(first_training_batches, cfg)
+            batches = getattr(student, "first_training_batches", first_training_batches)
+            ret["calibration_batches"] = functools.partial(batches, cfg)
         return ret
 
     @property
@@ -145,6 +149,8 @@ class Distiller(nn.Module):
             with preserved_random_state():
                 self.calibrate(self._calibration_batches(wanted) if has_source else [batched_inputs])
 
+        if any(loss.needs_input_gradients and factors[name] for name, loss in self.losses.items()):
+            batched_inputs = with_pixel_gradients(batched_inputs, self.device)
         losses, features, canvas, stages = self._run_student(batched_inputs)
         teacher_features, teacher_outputs = self._run_teacher(batched_inputs, canvas)
         self._warn_of_frozen_taps(features)
@@ -156,6 +162,7 @@ class Distiller(nn.Module):
             student_stages=stages,
             teacher_head=self._teacher_head,
             teacher_outputs=teacher_outputs,
+            input_gradients=functools.partial(self._input_gradients, dict(losses), batched_inputs),
         )
         for name, loss in self.losses.items():
             if loss.key in losses:
@@ -189,6 +196,10 @@ class Distiller(nn.Module):
                 loss.observe(_at(features, loss.teacher_taps), regions)
             images += len(sizes)
         logger.info(f"Calibrated {[loss.key for loss in observers]} on {images} images of this rank.")
+
+    def _input_gradients(self, task_losses: Dict[str, Tensor], batched_inputs):
+        student = pixel_gradients(task_losses, batched_inputs, create_graph=True)
+        return student, self._teacher.input_gradients(batched_inputs, input_format=self.input_format)
 
     def _run_teacher(self, batched_inputs, canvas: Tuple[int, int]):
         return self._teacher(batched_inputs, input_format=self.input_format, canvas=canvas, device=self.device)
@@ -279,6 +290,8 @@ def student_cfg(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT.META_ARCHITECTURE
     del cfg["KD"]
+    if not cfg.MODEL.META_ARCHITECTURE.endswith("Classifier"):
+        del cfg["CLASSIFICATION"]
     cfg.freeze()
     return cfg
 
@@ -304,6 +317,16 @@ def image_sizes(batched_inputs: List[Dict]) -> List[Tuple[int, int]]:
 
 def _at(features: Dict[str, List[Tensor]], taps: Sequence[str]) -> List[Tensor]:
     return [value for tap in taps for value in features[tap]]
+
+
+def _check_task_losses(loss: DistillationLoss, **networks: nn.Module) -> None:
+    for side, network in networks.items():
+        if not hasattr(network, "task_losses"):
+            raise ValueError(
+                f"{type(loss).__name__} differentiates the task loss twice, down to the pixels, with the same labels for "
+                f"both networks: it works for ImageClassifier, and the {side} is {type(network).__name__} (ROIAlign has "
+                f"no second derivative). Distil attention in a detector by AttentionTransferLoss."
+            )
 
 
 def _zero(loss: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: N images; R sampled regions of all images together; K classes, backgroun
 
 import contextlib
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
@@ -226,6 +226,7 @@ class Regions:
         student_stages: Optional[List[Tuple[List[Boxes], RegionOutputs]]] = None,
         teacher_head: Optional[RegionHead] = None,
         teacher_outputs: Optional[Dict[str, Tensor]] = None,
+        input_gradients: Optional[Callable[[], Tuple[List[Tensor], List[Tensor]]]] = None,
     ):
         """
         Args:
@@ -236,6 +237,7 @@ class Regions:
             student_stages: the student's sampled regions, see :meth:`RegionTaps.pop`.
             teacher_head: the teacher's box branch.
             teacher_outputs: the outputs of the teacher's backbone.
+            input_gradients: computes what :meth:`input_gradients` returns.
         """
         self.image_sizes = image_sizes
         self.canvas = canvas
@@ -244,6 +246,7 @@ class Regions:
         self._student_stages = student_stages
         self._teacher_head = teacher_head
         self._teacher_outputs = teacher_outputs
+        self._input_gradients = input_gradients
         self._masks: Dict[Tuple, Optional[Tensor]] = {}
         self._pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = None
 
@@ -273,6 +276,15 @@ class Regions:
                 for stage, (boxes, student) in enumerate(self._student_stages)
             ]
         return self._pairs
+
+    def input_gradients(self) -> Tuple[List[Tensor], List[Tensor]]:
+        """
+        The gradient of each image's own task loss at its pixels, (C, H, W) in 1 / grey value: of the student, with its
+        graph, and of the teacher, with the same labels. Computed at every call.
+        """
+        if self._input_gradients is None:
+            raise RuntimeError("images kept no gradient: the loss must declare needs_input_gradients = True")
+        return self._input_gradients()
 
     def region_targets(self, stage: int) -> RegionTargets:
         """The ground truth of the regions in ``region_pairs()[stage]``, as the student matched them."""

@@ -30,6 +30,15 @@ PRE_ACTIVATION = "pre_activation"
 
 _RELUS = {torch.relu, torch.relu_, F.relu, Tensor.relu, Tensor.relu_}
 _BLOCKS_ENDING_IN_RELU = (BasicBlock, BottleneckBlock, DeformBottleneckBlock)
+# Those of other libraries, which need not be installed, with the module that should be the ReLU.
+_FOREIGN_BLOCKS = {
+    "timm.models.resnet.BasicBlock": "act2",
+    "timm.models.resnet.Bottleneck": "act3",
+    "timm.models.regnet.Bottleneck": "act3",
+    "torchvision.models.resnet.BasicBlock": "relu",
+    "torchvision.models.resnet.Bottleneck": "relu",
+    "torchvision.models.regnet.ResBottleneckBlock": "activation",
+}
 
 
 class _ReLUInput(TorchFunctionMode):
@@ -200,7 +209,7 @@ def tap_names(model: nn.Module) -> List[str]:
         stages = _stages(network)
         for level in list(stages) + list(_output_shape(network)):
             names.append(level)
-            if level in stages and isinstance(_last_block(stages[level]), _BLOCKS_ENDING_IN_RELU):
+            if level in stages and _ends_in_relu(_last_block(stages[level])):
                 names.append(f"{level}.{PRE_ACTIVATION}")
     return list(dict.fromkeys(names))
 
@@ -251,6 +260,8 @@ def _output_shape(network: nn.Module) -> Dict[str, ShapeSpec]:
 
 def _stages(network: nn.Module) -> Dict[str, nn.Module]:
     """The modules whose outputs are levels by name, also those that ``out_features`` leaves out."""
+    if hasattr(network, "stage_modules"):  # a network of another library
+        return network.stage_modules
     names = getattr(network, "_out_feature_channels", {})
     return {name: getattr(network, name) for name in names if isinstance(getattr(network, name, None), nn.Module)}
 
@@ -261,13 +272,22 @@ def _last_block(stage: nn.Module) -> nn.Module:
     return stage
 
 
+def _ends_in_relu(block: nn.Module) -> bool:
+    if isinstance(block, _BLOCKS_ENDING_IN_RELU):
+        return True
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(block).__mro__)
+    activation = next((_FOREIGN_BLOCKS[name] for name in names if name in _FOREIGN_BLOCKS), None)
+    return activation is not None and isinstance(getattr(block, activation), nn.ReLU)
+
+
 def _find_place(model: nn.Module, name: str, side: str) -> _Place:
     suffix = f".{PRE_ACTIVATION}"
     if name.endswith(suffix):
         place = _find_place(model, name[: -len(suffix)], side)
-        block = _last_block(place.module)
-        if place.key is not None or not isinstance(block, _BLOCKS_ENDING_IN_RELU):
-            found = f"level {place.key!r}" if place.key is not None else type(block).__name__
+        stage = place.module if place.key is None else _stages(place.module).get(place.key)
+        block = _last_block(stage)
+        if not _ends_in_relu(block):
+            found = f"level {place.key!r}" if stage is None else type(block).__name__
             raise ValueError(
                 f"The {side} has no tap {name!r}: {found} does not end in a ReLU over a residual sum. "
                 f"Valid names: {', '.join(tap_names(model))}."
@@ -276,9 +296,11 @@ def _find_place(model: nn.Module, name: str, side: str) -> _Place:
 
     for network in _networks(model):
         # A stage's own module is preferred to the key of the network's output: it is filled before the network ends.
-        if name in _stages(network):
-            return _Place(_stages(network)[name])
-        if name in _output_shape(network):
+        # Not in another library's, whose stages may speak another format than the network that wraps them.
+        stages, outputs = _stages(network), _output_shape(network)
+        if name in stages and not (name in outputs and hasattr(network, "stage_modules")):
+            return _Place(stages[name])
+        if name in outputs:
             return _Place(network, key=name)
     modules = dict(model.named_modules())
     for prefix in ("", "backbone.", "backbone.bottom_up."):

@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from kd_det.checkpoint import load_strictly
+from kd_det.classification.networks import NETWORK_SOURCES, configure_network
 from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
 from kd_det.errors import unknown_name
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     """
-    The teacher's own config: ``KD.TEACHER.CONFIG_FILE`` (a file or a model-zoo name), its weights, its options, on
-    the student's device.
+    The teacher's own config: ``KD.TEACHER.CONFIG_FILE`` (a file, a model-zoo name, or the name of a classifier of
+    torchvision or timm), its weights, its options, on the student's device.
 
     Raises:
         ValueError: no config, an unknown file or zoo name (says the nearest), or no weights.
@@ -39,12 +40,13 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
     weights = cfg.KD.TEACHER.WEIGHTS
-    if PathManager.isfile(name):
-        path = name
+    if name.partition("://")[0] in NETWORK_SOURCES:
+        configure_network(teacher_cfg, name)
+    elif PathManager.isfile(name):
+        teacher_cfg.merge_from_file(name)
     else:
-        path = _zoo_config_file(name)
+        teacher_cfg.merge_from_file(_zoo_config_file(name))
         weights = weights or model_zoo.get_checkpoint_url(name)
-    teacher_cfg.merge_from_file(path)
     teacher_cfg.merge_from_list(list(cfg.KD.TEACHER.OPTS))
     if teacher_cfg.MODEL.META_ARCHITECTURE == "Distiller":
         teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.KD.STUDENT.META_ARCHITECTURE
@@ -156,6 +158,8 @@ class Teacher:
             self.model.to(device)
         inputs = [{**x, "image": _reorder(x["image"], input_format, self.model.input_format)} for x in batched_inputs]
         outputs: Dict[str, Tensor] = {}
+        if not self.taps.names and not self._whole_backbone:
+            return {}, outputs
         if self._runs_whole_model:
             # A dense head is run by its own meta-architecture, which pads as it likes: Taps see what it computes.
             own_canvas = canvas
@@ -171,12 +175,42 @@ class Teacher:
         }
         return features, outputs
 
+    def input_gradients(self, batched_inputs: List[Dict], *, input_format: str) -> List[Tensor]:
+        """
+        The gradient of each image's own task loss at its pixels, (C, H, W), in the images' own channel order.
+
+        Args:
+            batched_inputs: the student's, with labels.
+            input_format: channel order of the images.
+        """
+        with torch.enable_grad():
+            inputs = with_pixel_gradients(batched_inputs, next(self.model.parameters()).device)
+            reordered = [{**x, "image": _reorder(x["image"], input_format, self.model.input_format)} for x in inputs]
+            return pixel_gradients(self.model.task_losses(reordered), inputs)
+
     def _images(self, inputs: List[Dict], canvas: Tuple[int, int]) -> Tensor:
         """The normalised batch, padded to the student's canvas or, where the strides ask for more, to a multiple."""
         images = self.model.preprocess_image(inputs).tensor
         multiple = max(self.model.backbone.size_divisibility, 1)
         height, width = (max(-(-c // multiple) * multiple, s) for c, s in zip(canvas, images.shape[-2:]))
         return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+
+
+def with_pixel_gradients(batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
+    """Batched inputs whose images are float leaves that keep their gradient."""
+    return [
+        {**x, "image": x["image"].detach().to(device, torch.float32, copy=True).requires_grad_()}
+        for x in batched_inputs
+    ]
+
+
+def pixel_gradients(
+    task_losses: Dict[str, Tensor], batched_inputs: List[Dict], *, create_graph: bool = False
+) -> List[Tensor]:
+    """The gradients of each image's own loss, if the task losses are means over the images."""
+    images = [x["image"] for x in batched_inputs]
+    total = len(images) * sum(task_losses.values())
+    return list(torch.autograd.grad(total, images, create_graph=create_graph))
 
 
 def _reorder(image: Tensor, found: str, wanted: str) -> Tensor:

@@ -4,18 +4,27 @@ Any timm model with feature maps as a Detectron2 backbone, alone or under a feat
 This file needs Detectron2 and timm, and nothing else of kd_det: an exported student carries a copy of it.
 """
 
+import difflib
 from typing import Any, Dict, Optional, Sequence
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone
-from torch import Tensor
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
 
-__all__ = ["TimmBackbone", "add_timm_config"]
+__all__ = [
+    "TimmBackbone",
+    "add_timm_config",
+    "build_retinanet_timm_fpn_backbone",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
+]
 
 # Detectron2's names of the levels, by stride.
 _LEVELS = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
-_NORMS = ("", "FrozenBN", "SyncBN")
+_NORMS = ("BN", "SyncBN", "FrozenBN")
 
 
 def add_timm_config(cfg: CfgNode) -> None:
@@ -25,10 +34,10 @@ def add_timm_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NAME = ""
     # A file of timm's weights for it, "pretrained" (timm downloads its own), or "" (random, or from MODEL.WEIGHTS).
     cfg.MODEL.TIMM.WEIGHTS = ""
-    # Batch norm: "" (the model's own), "FrozenBN", or "SyncBN". MODEL.BACKBONE.FREEZE_AT freezes whole stages.
-    cfg.MODEL.TIMM.NORM = ""
-    # Levels to return: res2 to res5 are the maps of stride 4 to 32.
-    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # The model's batch norms as they are, "BN", or as "SyncBN" or "FrozenBN".
+    cfg.MODEL.TIMM.NORM = "BN"
+    # Levels to return, of res2 (stride 4) to res5 (stride 32).
+    cfg.MODEL.TIMM.OUT_FEATURES = ("res2", "res3", "res4", "res5")
     # KEY VALUE pairs for timm.create_model, e.g. ["strict_img_size", False].
     cfg.MODEL.TIMM.OPTS = []
 
@@ -43,8 +52,9 @@ class TimmBackbone(Backbone):
         name: str,
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         weights: str = "",
-        norm: str = "",
+        norm: str = "BN",
         freeze_at: int = 0,
+        in_channels: int = 3,
         options: Optional[Dict[str, Any]] = None,
     ):
         """
@@ -52,9 +62,10 @@ class TimmBackbone(Backbone):
             name: of the timm model.
             out_features: the levels to return.
             weights: a file of timm's weights, "pretrained" (timm downloads its own), or "" (random).
-            norm: "" leaves batch norms as they are, "FrozenBN" and "SyncBN" replace them.
-            freeze_at: as Detectron2 counts: 1 freezes what is before res2, 2 res2 as well, ..., 5 everything; 0 nothing.
+            norm: "BN" leaves the batch norms as they are, "SyncBN" and "FrozenBN" replace them all.
+            freeze_at: as Detectron2 counts: 0 nothing, 1 what comes before res2, 2 res2 as well, ..., 5 everything.
                 Batch norms in frozen stages become FrozenBN.
+            in_channels: of the images.
             options: further arguments of ``timm.create_model``.
 
         Raises:
@@ -64,15 +75,15 @@ class TimmBackbone(Backbone):
         """
         super().__init__()
         if norm not in _NORMS:
-            raise ValueError(f"MODEL.TIMM.NORM {norm!r}: valid are {', '.join(map(repr, _NORMS))}.")
-        options = {**(options or {}), "pretrained": weights == "pretrained"}
+            raise ValueError(f"Unknown MODEL.TIMM.NORM {norm!r}. Valid names: {', '.join(_NORMS)}.")
+        options = {**(options or {}), "pretrained": weights == "pretrained", "in_chans": in_channels}
         network = _create(name, **options)
         indices = _indices_of_levels(name, network, out_features)
         if max(indices.values()) < max(network.feature_info.out_indices):
             network = _create(name, **options, out_indices=sorted(indices.values()))  # no deeper than it is read
         if options["pretrained"] is False and weights:
             _load(network, name, weights)
-        self.net = network
+        self.network = network
 
         info = network.feature_info
         # Of several maps with one stride (a ViT), the deepest.
@@ -80,15 +91,15 @@ class TimmBackbone(Backbone):
         self._out_features = list(out_features)
         self._out_feature_channels = {level: info.channels()[i] for level, i in self._order.items()}
         self._out_feature_strides = {level: info.reduction()[i] for level, i in self._order.items()}
-        self._channels_last = getattr(self.net, "output_fmt", None) == "NHWC"
+        self._channels_last = getattr(network, "output_fmt", None) == "NHWC"
         self._freeze(freeze_at)
         self._convert_norms(norm)
 
     @property
     def stage_modules(self) -> Dict[str, nn.Module]:
         """The modules whose outputs are the levels, for taps inside them."""
-        names = self.net.feature_info.module_name()
-        return {level: _module(self.net, names[i]) for level, i in self._order.items()}
+        names = self.network.feature_info.module_name()
+        return {level: _module(self.network, names[i]) for level, i in self._order.items()}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Optional[ShapeSpec] = None) -> Dict:
@@ -99,12 +110,13 @@ class TimmBackbone(Backbone):
             "weights": node.WEIGHTS,
             "norm": node.NORM,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+            "in_channels": input_shape.channels if input_shape else 3,
             "options": dict(zip(node.OPTS[::2], node.OPTS[1::2])),
         }
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """(N, 3, H, W) to a dict of levels, each (N, C, H / stride, W / stride)."""
-        maps = self.net(x)
+        maps = self.network(x)
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
         return {level: maps[self._order[level]] for level in self._out_features}
@@ -115,7 +127,7 @@ class TimmBackbone(Backbone):
         if freeze_at == 0:
             return
         # timm's own feature networks rely on it as well: modules are registered in the order in which they run.
-        modules, stages = dict(self.net.named_modules()), self.stage_modules
+        modules, stages = dict(self.network.named_modules()), self.stage_modules
         order = {module: i for i, module in enumerate(modules.values())}
         shallowest, *_ = levels = sorted(stages, key=self._out_feature_strides.get)
         frozen_levels = [level for level in levels if int(level[-1]) <= freeze_at]
@@ -132,11 +144,11 @@ class TimmBackbone(Backbone):
 
     def _convert_norms(self, norm: str) -> None:
         if norm == "FrozenBN":
-            self.net = _frozen_norm(self.net)
+            self.network = _frozen_norm(self.network)
         elif norm == "SyncBN":
             from timm.layers import convert_sync_batchnorm
 
-            self.net = convert_sync_batchnorm(self.net)
+            self.network = convert_sync_batchnorm(self.network)
 
 
 @BACKBONE_REGISTRY.register()
@@ -163,7 +175,7 @@ def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN
     in_features = cfg.MODEL.FPN.IN_FEATURES
     given = list(bottom_up.output_shape())
     if not in_features or not set(in_features) <= set(given):
-        raise ValueError(f"MODEL.FPN.IN_FEATURES {list(in_features)} must name levels of MODEL.TIMM.OUT_FEATURES {given}.")
+        raise ValueError(f"MODEL.FPN.IN_FEATURES {list(in_features)} must be among MODEL.TIMM.OUT_FEATURES {given}.")
     return FPN(
         bottom_up=bottom_up,
         in_features=in_features,
@@ -195,9 +207,8 @@ def _indices_of_levels(name: str, network: nn.Module, out_features: Sequence[str
     missing = [level for level in out_features if level not in given]
     if missing or not out_features:
         raise ValueError(
-            f"timm's {name!r} gives maps of stride {info.reduction()}, and MODEL.TIMM.OUT_FEATURES "
-            f"{list(out_features)} wants of {_LEVELS}: {missing or 'nothing'} cannot be had. A feature pyramid needs a model "
-            f"with maps of several strides."
+            f"timm's {name!r} gives maps of stride {info.reduction()}, that is the levels "
+            f"{[level for level in given if level]}; MODEL.TIMM.OUT_FEATURES asks for {list(out_features)}."
         )
     return {level: given[level] for level in out_features}
 
@@ -239,6 +250,7 @@ def _module(network: nn.Module, name: str) -> nn.Module:
 
 
 def _frozen_norm(module: nn.Module) -> nn.Module:
-    from timm.utils import freeze_batch_norm_2d
+    # timm's own conversion: its batch norms hold an activation, which Detectron2's would drop.
+    from timm.utils.model import freeze_batch_norm_2d
 
     return freeze_batch_norm_2d(module)

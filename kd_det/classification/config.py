@@ -1,4 +1,4 @@
-"""Every ``CLASSIFICATION.*`` key, and ``MODEL.TIMM.*``."""
+"""Every ``CLASSIFICATION.*`` key."""
 
 from detectron2.config import CfgNode as CN
 
@@ -50,11 +50,3 @@ def add_classification_config(cfg: CN) -> None:
     # In evaluation: the shorter side after resizing, and the side of the centre crop.
     aug.TEST_RESIZE = 256
     aug.TEST_SIZE = 224
-
-    cfg.MODEL.TIMM = timm = CN()
-    # Of build_timm_backbone: the model's name, e.g. "mobilenetv2_100".
-    timm.NAME = ""
-    # Levels that it returns, of res2 (stride 4) to res5 (stride 32).
-    timm.OUT_FEATURES = ("res2", "res3", "res4", "res5")
-    # "BN", "SyncBN" or "FrozenBN".
-    timm.NORM = "BN"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd_det.classification.classifier import ImageClassifier
 from kd_det.errors import unknown_name
 
-__all__ = ["NetworkClassifier", "configure_network"]
+__all__ = ["NETWORK_SOURCES", "NetworkClassifier", "configure_network"]
 
 # Depth, groups and width per group of the ResNets that both libraries build as Detectron2 does.
 _RESNETS = {
@@ -46,9 +46,9 @@ def configure_network(cfg: CfgNode, name: str) -> None:
         ValueError: an unknown library or network, or timm is not installed.
     """
     library, _, network = name.partition("://")
-    if library not in _SOURCES:
-        raise ValueError(unknown_name("source of networks", library, _SOURCES))
-    mean, std, size = _SOURCES[library](network)
+    if library not in NETWORK_SOURCES:
+        raise ValueError(unknown_name("source of networks", library, NETWORK_SOURCES))
+    mean, std, size = NETWORK_SOURCES[library](network)
     cfg.MODEL.PIXEL_MEAN = [255 * x for x in mean]
     cfg.MODEL.PIXEL_STD = [255 * x for x in std]
     cfg.INPUT.FORMAT = "RGB"
@@ -99,7 +99,7 @@ def _import_timm():
     return timm
 
 
-_SOURCES = {"torchvision": _torchvision_images, "timm": _timm_images}
+NETWORK_SOURCES = {"torchvision": _torchvision_images, "timm": _timm_images}
 
 
 @META_ARCH_REGISTRY.register()
@@ -123,7 +123,7 @@ class NetworkClassifier(ImageClassifier):
     def from_config(cls, cfg: CfgNode) -> Dict:
         node = cfg.CLASSIFICATION
         library, _, name = node.NETWORK.partition("://")
-        if library not in _SOURCES:
+        if library not in NETWORK_SOURCES:
             raise ValueError(
                 f"CLASSIFICATION.NETWORK must be torchvision://NAME or timm://NAME, found {node.NETWORK!r}."
             )

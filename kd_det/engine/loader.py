@@ -1,4 +1,4 @@
-"""Detectron2's training batches, each a function of the run's seed and its own number, so that a run resumes exactly."""
+"""Detectron2's training batches, each a function of the run's seed and its own number: a run resumes exactly."""
 
 import itertools
 import random

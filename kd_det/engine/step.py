@@ -121,7 +121,7 @@ class TrainStep(SimpleTrainer):
         self.non_finite_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(f"{problem} {self._skipped_in_a_row} steps in a row were skipped: training diverged.")
+            raise FloatingPointError(f"{problem} Skipped {self._skipped_in_a_row} steps in a row: training diverged.")
         logger.warning(f"Skipped a step ({self.non_finite_steps} so far). {problem}")
         if comm.is_main_process():
             get_event_storage().put_scalar("non_finite_steps", self.non_finite_steps, smoothing_hint=False)

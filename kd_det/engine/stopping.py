@@ -19,12 +19,14 @@ RESUMABLE = 75
 
 class StopSignals:
     """
-    While entered, SIGTERM and SIGINT only set ``requested``. A second SIGINT interrupts at once, so that a user at a
-    terminal does not have to wait.
+    While entered, SIGTERM and SIGINT only set ``requested``; but they end the process at once, by
+    ``SystemExit(RESUMABLE)``, while nothing has changed since the last checkpoint (in an evaluation, say). A second
+    SIGINT interrupts in any case, so that a user at a terminal does not have to wait.
     """
 
     def __init__(self):
         self.requested = ""  # the signal's name
+        self.all_saved = False
         self._previous = {}
 
     def __enter__(self):
@@ -40,6 +42,8 @@ class StopSignals:
     def _request(self, signum, frame):
         if signum == signal.SIGINT and self.requested == "SIGINT":
             raise KeyboardInterrupt
+        if self.all_saved:
+            raise SystemExit(RESUMABLE)
         self.requested = signal.Signals(signum).name
 
 
@@ -52,6 +56,9 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
     def __init__(self, checkpointer, period: int, signals: StopSignals):
         super().__init__(checkpointer, period)
         self._signals = signals
+
+    def before_step(self):
+        self._signals.all_saved = False
 
     def after_step(self):
         iteration = self.trainer.iter
@@ -68,3 +75,4 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             logger.warning(f"Stopped by {reason} after iteration {iteration}; all is saved, continue with --resume.")
             comm.synchronize()  # nobody ends before rank 0 has saved
             raise SystemExit(RESUMABLE)
+        self._signals.all_saved = on_time or last

@@ -33,10 +33,13 @@ class DistillationLoss(nn.Module):
     Attributes:
         name: the loss is logged as ``loss_<name>`` and configured by ``KD.<NAME>``.
         needs_regions: whether it reads ``regions.region_pairs()``; the student must then have ROI heads.
+        needs_input_gradients: whether it reads ``regions.input_gradients()``; both networks must then have
+            ``task_losses``, as ``ImageClassifier`` has.
     """
 
     name: str
     needs_regions = False
+    needs_input_gradients = False
 
     def __init__(
         self,

@@ -1,0 +1,92 @@
+"""How large the distillation losses and their gradients are beside the detection losses; weights to balance them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from kd_det.distiller import Distiller
+
+__all__ = ["LossSize", "format_sizes", "measure_losses"]
+
+
+@dataclass(frozen=True)
+class LossSize:
+    """
+    Means over batches, at the weights that the model has.
+
+    Attributes:
+        name: "detection" for the sum of the student's own losses, or a distillation loss' name.
+        weight: its weight; 1 for "detection".
+        value: the weighted loss.
+        gradient: L2 norm of the weighted loss' gradient at the student's parameters.
+        proposed: the weight at which that norm is ``share`` of the detection losses'; None for "detection".
+    """
+
+    name: str
+    weight: float
+    value: float
+    gradient: float
+    proposed: float | None
+
+
+def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: float = 0.5) -> list[LossSize]:
+    """
+    Measure every loss of a Distiller and its gradient over some batches. Nothing is trained.
+
+    Gradients are compared at the student's own parameters that the detection losses reach: what a loss asks of its
+    connectors does not compete with detection. Schedules are measured as they stand at the current iteration.
+
+    Args:
+        model: in training mode, inside an ``EventStorage``.
+        batches: training batches; 5 to 20 steady the means.
+        share: the proposed weight makes a loss' gradient so large a part of the detection losses' gradient.
+
+    Raises:
+        ValueError: no batch, a share that is not positive, or a model without losses.
+    """
+    if not share > 0:
+        raise ValueError(f"share must be positive, found {share}.")
+    if not model.losses:
+        raise ValueError("The model has no distillation losses to measure: KD.LOSSES is empty, or all weights are 0.")
+    parameters = [p for p in model.student.parameters() if p.requires_grad]
+    sums: dict[str, list[float]] = {}
+    count = 0
+    for batched_inputs in batches:
+        losses = model(batched_inputs)
+        terms = {name: losses.pop(loss.key) for name, loss in model.losses.items()}
+        terms["detection"] = sum(losses.values())
+        for name, term in terms.items():
+            value, norm = term.item(), _gradient_norm(term, parameters)
+            sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), (value, norm))]
+        count += 1
+    if not count:
+        raise ValueError("There is no batch to measure losses on.")
+    means = {name: [total / count for total in totals] for name, totals in sums.items()}
+    detection = LossSize("detection", 1.0, *means["detection"], None)
+    ret = [detection]
+    for name, loss in model.losses.items():
+        value, gradient = means[name]
+        proposed = loss.weight * share * detection.gradient / gradient if gradient else None
+        ret.append(LossSize(name, loss.weight, value, gradient, proposed))
+    return ret
+
+
+def _gradient_norm(loss: Tensor, parameters: list[Tensor]) -> float:
+    if not loss.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return torch.stack([g.norm() for g in gradients if g is not None]).norm().item()
+
+
+def format_sizes(sizes: list[LossSize]) -> str:
+    """A table of what :func:`measure_losses` found."""
+    reference = sizes[0].gradient
+    rows = [
+        (s.name, s.weight, s.value, s.gradient, s.gradient / reference if reference else None, s.proposed)
+        for s in sizes
+    ]
+    headers = ("loss", "weight", "value", "gradient", "of detection's", "proposed weight")
+    return tabulate(rows, headers=headers, floatfmt=".3g", tablefmt="simple")

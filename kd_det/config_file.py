@@ -1,0 +1,139 @@
+"""Reading yaml configs without running what a stranger wrote into them."""
+
+import ast
+import logging
+import os
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+from kd_det.errors import one_line, unknown_name
+
+__all__ = ["merge_config_file", "merge_options"]
+
+_TAG = "tag:yaml.org,2002:python/"
+
+
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """
+    ``cfg.merge_from_file(path)`` for files that nobody has vouched for.
+
+    Detectron2 reads configs with ``yaml.unsafe_load``, because some (its Base-RetinaNet.yaml) hold an expression such
+    as ``[x * 2**(1.0/3) for x in [32, 64]]``. Here expressions are arithmetic on numbers and nothing else.
+
+    Args:
+        cfg: a config.
+        path: a yaml file or URL; its ``_BASE_`` files count.
+
+    Raises:
+        FileNotFoundError: no such file, or no such base.
+        ValueError: not a yaml config, an unknown key (says the nearest), a value of another type, or a file that would
+            run code.
+    """
+    _check_file(path, ())
+    _merge(cfg, cfg.merge_from_file, path, where=path)
+
+
+def merge_options(cfg: CfgNode, options: list, *, where: str) -> None:
+    """
+    ``cfg.merge_from_list(options)``.
+
+    Args:
+        cfg: a config.
+        options: KEY, VALUE, KEY, VALUE, ...
+        where: what messages call the list.
+
+    Raises:
+        ValueError: an unknown key (says the nearest), a value of another type, or a key without a value.
+    """
+    _merge(cfg, cfg.merge_from_list, list(options), where=where)
+
+
+def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:
+    try:
+        # Detectron2 warns that it reads expressions with yaml.unsafe_load; these have been checked.
+        logging.getLogger("fvcore.common.config").addFilter(_no_warning)
+        merge(what)
+    except KeyError as e:
+        message = str(e.args[0])
+        key = message.rsplit(": ", 1)[-1]
+        if "Non-existent" in message:
+            message = unknown_name("config key", key, _keys(cfg), most=6)
+        raise ValueError(f"{where}: {message}") from e
+    except (AssertionError, AttributeError, OverflowError, SyntaxError, TypeError, ValueError) as e:  # yacs raises all
+        raise ValueError(f"{where}: {one_line(e)}") from e
+    finally:
+        logging.getLogger("fvcore.common.config").removeFilter(_no_warning)
+
+
+def _no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    ret = []
+    for key, value in node.items():
+        ret += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
+    return ret
+
+
+def _check_file(path: str, inherited_by: tuple[str, ...]) -> None:
+    if path in inherited_by:
+        raise ValueError(f"{path} inherits from itself: _BASE_ leads from {' to '.join((*inherited_by, path))}")
+    if not PathManager.isfile(path):
+        kind = "is a folder, not a yaml file" if PathManager.isdir(path) else "does not exist"
+        base = f", the _BASE_ of {inherited_by[-1]}," if inherited_by else ""
+        raise FileNotFoundError(f"the config {path}{base} {kind}")
+    try:
+        with PathManager.open(path, "r") as file:
+            content = yaml.load(file, _CheckingLoader)  # a subclass of SafeLoader
+    except yaml.constructor.ConstructorError as e:
+        raise ValueError(f"the config {path} is refused: {one_line(e)}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not a yaml config: {one_line(e)}") from e
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{path} is not a yaml config: expected keys with values, found {found}")
+    bases = content.get("_BASE_", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        base = os.path.expanduser(base)
+        if "://" not in base:
+            base = os.path.join(os.path.dirname(path), base)
+        _check_file(base, (*inherited_by, path))
+
+
+class _CheckingLoader(yaml.SafeLoader):
+    """Knows of Python's tags only tuples and arithmetic; any other ends in a ``ConstructorError``."""
+
+
+def _check_expression(loader: _CheckingLoader, node: yaml.Node) -> None:
+    arguments = loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else []
+    try:
+        _check_arithmetic(ast.parse(*arguments, mode="eval"))
+    except (SyntaxError, TypeError, ValueError) as e:
+        problem = f"{arguments} is not arithmetic on numbers ({e})"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+_CheckingLoader.add_constructor(_TAG + "object/apply:eval", _check_expression)
+_CheckingLoader.add_constructor(_TAG + "tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
+
+_ARITHMETIC = (
+    ast.Expression, ast.List, ast.Tuple, ast.ListComp, ast.comprehension, ast.Name, ast.Load, ast.Store, ast.Constant,
+    ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.UnaryOp, ast.USub,
+)  # fmt: skip
+
+
+def _check_arithmetic(tree: ast.AST) -> None:
+    numbers = 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("range", "int", "float"):
+            continue
+        if not isinstance(node, _ARITHMETIC) or isinstance(node, ast.Constant) and not isinstance(
+            node.value, (int, float)
+        ):
+            raise ValueError(f"it has {type(node).__name__}")
+        numbers += isinstance(node, ast.Constant)
+    if numbers > 100 or any(isinstance(n, ast.Constant) and n.value > 1e5 for n in ast.walk(tree)):
+        raise ValueError("its numbers are too many or too large")
