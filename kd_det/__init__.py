@@ -5,6 +5,7 @@ Importing this registers the ``Distiller`` meta-architecture, the losses and the
 registries. It changes no default of Detectron2 and reads no file.
 """
 
+import kd_det.classification  # noqa: F401  registers ImageClassifier and the classification data sets
 import kd_det.data  # noqa: F401  registers the offline data sets
 from kd_det.config import add_kd_config, add_loss_config
 from kd_det.distiller import Distiller, build_student, student_cfg

@@ -55,13 +55,15 @@ def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:
         # Detectron2 warns that it reads expressions with yaml.unsafe_load; these have been checked.
         logging.getLogger("fvcore.common.config").addFilter(_no_warning)
         merge(what)
-    except KeyError as e:
-        message = str(e.args[0])
+    except (KeyError, AssertionError) as e:
+        message = str(e.args[0]) if e.args else type(e).__name__
         key = message.rsplit(": ", 1)[-1]
         if "Non-existent" in message:
             message = unknown_name("config key", key, _keys(cfg), most=6)
         raise ValueError(f"{where}: {message}") from e
-    except (AssertionError, AttributeError, OverflowError, SyntaxError, TypeError, ValueError) as e:  # yacs raises all
+    except (AttributeError, TypeError) as e:
+        raise ValueError(f"{where}: a value stands where Detectron2 has a section, or the reverse ({e})") from e
+    except (OverflowError, SyntaxError, ValueError) as e:
         raise ValueError(f"{where}: {one_line(e)}") from e
     finally:
         logging.getLogger("fvcore.common.config").removeFilter(_no_warning)
@@ -126,14 +128,23 @@ _ARITHMETIC = (
 
 
 def _check_arithmetic(tree: ast.AST) -> None:
-    numbers = 0
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("range", "int", "float"):
-            continue
-        if not isinstance(node, _ARITHMETIC) or isinstance(node, ast.Constant) and not isinstance(
-            node.value, (int, float)
-        ):
-            raise ValueError(f"it has {type(node).__name__}")
-        numbers += isinstance(node, ast.Constant)
-    if numbers > 100 or any(isinstance(n, ast.Constant) and n.value > 1e5 for n in ast.walk(tree)):
-        raise ValueError("its numbers are too many or too large")
+    """Also bounds what the expression costs: a config must not hang or fill the memory either."""
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", None)
+            if name == "range" and not all(isinstance(x, ast.Constant) for x in node.args):
+                raise ValueError("range takes plain numbers")
+            known = name in ("range", "int", "float")
+        elif isinstance(node, ast.Constant):
+            known = isinstance(node.value, (int, float)) and node.value <= 10_000
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            exponent = list(ast.walk(node.right))
+            known = not any(isinstance(x, (ast.Name, ast.Pow, ast.Mult)) for x in exponent)
+            known &= all(x.value <= 8 for x in exponent if isinstance(x, ast.Constant))
+        else:
+            known = isinstance(node, _ARITHMETIC)
+        if not known:
+            raise ValueError(f"it has {ast.unparse(node) or type(node).__name__}")
+    if len(nodes) > 300 or sum(isinstance(node, (ast.comprehension, ast.Pow)) for node in nodes) > 4:
+        raise ValueError("it is too long")

@@ -152,7 +152,7 @@ class Distiller(nn.Module):
         if any(loss.needs_input_gradients and factors[name] for name, loss in self.losses.items()):
             batched_inputs = with_pixel_gradients(batched_inputs, self.device)
         losses, features, canvas, stages = self._run_student(batched_inputs)
-        teacher_features, teacher_outputs = self._run_teacher(batched_inputs, canvas)
+        teacher_features, teacher_outputs = self.run_teacher(batched_inputs, canvas)
         self._warn_of_frozen_taps(features)
         regions = Regions(
             image_sizes(batched_inputs),
@@ -190,7 +190,7 @@ class Distiller(nn.Module):
             sizes = image_sizes(batched_inputs)
             divisibility = max(self.student.backbone.size_divisibility, 1)
             canvas = tuple(-(-max(side) // divisibility) * divisibility for side in zip(*sizes))
-            features, _ = self._run_teacher(batched_inputs, canvas)
+            features, _ = self.run_teacher(batched_inputs, canvas)
             regions = Regions(sizes, canvas)
             for loss in observers:
                 loss.observe(_at(features, loss.teacher_taps), regions)
@@ -201,7 +201,8 @@ class Distiller(nn.Module):
         student = pixel_gradients(task_losses, batched_inputs, create_graph=True)
         return student, self._teacher.input_gradients(batched_inputs, input_format=self.input_format)
 
-    def _run_teacher(self, batched_inputs, canvas: Tuple[int, int]):
+    def run_teacher(self, batched_inputs, canvas: Tuple[int, int]):
+        """The teacher's maps at its taps and, for losses on regions, the outputs of its backbone; see ``Teacher``."""
         return self._teacher(batched_inputs, input_format=self.input_format, canvas=canvas, device=self.device)
 
     def _factors(self) -> Dict[str, float]:

@@ -11,10 +11,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from kd_det.adapters import configure_feature_teacher
 from kd_det.checkpoint import load_strictly
+from kd_det.classification import ImageClassifier
 from kd_det.classification.networks import NETWORK_SOURCES, configure_network
 from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
+from kd_det.config_file import merge_config_file, merge_options
 from kd_det.errors import unknown_name
 from kd_det.taps import Taps
 
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     """
-    The teacher's own config: ``KD.TEACHER.CONFIG_FILE`` (a file, a model-zoo name, or the name of a classifier of
+    The teacher's own config: ``KD.TEACHER.CONFIG_FILE`` (a file, a model-zoo name, or the name of a network of
     torchvision or timm), its weights, its options, on the student's device.
 
     Raises:
@@ -41,13 +44,14 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     add_kd_config(teacher_cfg)
     weights = cfg.KD.TEACHER.WEIGHTS
     if name.partition("://")[0] in NETWORK_SOURCES:
-        configure_network(teacher_cfg, name)
+        teaches_classifier = cfg.KD.STUDENT.META_ARCHITECTURE == ImageClassifier.__name__
+        (configure_network if teaches_classifier else configure_feature_teacher)(teacher_cfg, name)
     elif PathManager.isfile(name):
-        teacher_cfg.merge_from_file(name)
+        merge_config_file(teacher_cfg, name)
     else:
-        teacher_cfg.merge_from_file(_zoo_config_file(name))
+        merge_config_file(teacher_cfg, _zoo_config_file(name))
         weights = weights or model_zoo.get_checkpoint_url(name)
-    teacher_cfg.merge_from_list(list(cfg.KD.TEACHER.OPTS))
+    merge_options(teacher_cfg, cfg.KD.TEACHER.OPTS, where="KD.TEACHER.OPTS")
     if teacher_cfg.MODEL.META_ARCHITECTURE == "Distiller":
         teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.KD.STUDENT.META_ARCHITECTURE
     teacher_cfg.MODEL.WEIGHTS = weights or teacher_cfg.MODEL.WEIGHTS

@@ -5,15 +5,19 @@ What distillation costs.
     tools/benchmark.py losses                                 # every founding loss at p2..p6 of an 800x1333 image
     tools/benchmark.py losses --losses nst --levels p5 --channels 2048
     tools/benchmark.py losses --device cuda --json losses.json
+    tools/benchmark.py step --config-file configs/Quickstart/student_distilled.yaml
+    tools/benchmark.py step --config-file student.yaml --teacher teacher.yaml --losses all
 
 ``losses`` times forward and backward of each loss beside its floor, the arithmetic that no implementation can avoid,
 taken in turns in the same run, and measures the memory that the loss needs on top of the features, its gradient
-included.
+included. ``step`` times a training step of the plain student, the teacher's features alone, and the distillation step,
+in turns, on random images of the config's test size. Weights are random: neither speed nor memory depends on them.
 """
 
 import argparse
 import functools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -21,13 +25,21 @@ from dataclasses import asdict, dataclass
 from typing import Callable, Dict, List, Optional
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 
+from kd_det import Distiller, build_student, build_teacher_architecture
+from kd_det.engine import argument_parser, load_config
+from kd_det.losses import build_losses
 from kd_det.losses.attention_transfer import attention_transfer_loss
 from kd_det.losses.hint import hint_loss
 from kd_det.losses.nst import nst_loss
 from kd_det.losses.overhaul import overhaul_loss
 from kd_det.losses.similarity import similarity_preserving_loss
+from kd_det.tap_table import input_size
+from kd_det.teacher import get_teacher_cfg
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 REGIONS = "roi"  # 512 pooled regions of 7x7 instead of a map
@@ -90,6 +102,7 @@ METHODS: Dict[str, Method] = {
     "hint": Method(hint_loss, elementwise_floor, 1.6, 2),
     "similarity": Method(similarity_preserving_loss, similarity_floor, 1.25, None, regions=True),
 }
+ALL_LOSSES = ("NST", "AttentionTransfer", "Overhaul", "Similarity", "Hint", "SoftTarget")
 FOUNDING = ["nst", "at", "overhaul", "hint", "similarity"]
 
 
@@ -120,12 +133,21 @@ def main() -> None:
     losses.add_argument("--repeat", type=int, default=9, help="pairs of measurements; the median ratio is reported")
     losses.add_argument("--json", metavar="FILE", help="also write the rows there")
     losses.set_defaults(run=benchmark_losses)
+
+    arguments = argument_parser()
+    step = commands.add_parser("step", help="a training step with and without", parents=[arguments], add_help=False)
+    step.add_argument("--batch", type=int, default=2, help="images")
+    step.add_argument("--threads", type=int, default=2, help="CPU threads")
+    step.add_argument("--repeat", type=int, default=5, help="rounds of measurements; medians are reported")
+    step.add_argument("--json", metavar="FILE", help="also write the figures there")
+    step.set_defaults(run=benchmark_step)
     args = parser.parse_args()
     args.run(args)
 
 
 def benchmark_losses(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each of its starts on stderr
     rows = []
     print(f"{'loss':<13}{'at':<5}{'shape':<20}{'ms':>9}{'floor':>9}{'ratio':>7}{'<=':>6}{'extra maps':>12}{'<=':>6}")
     for name in args.losses:
@@ -179,6 +201,90 @@ def measure(name: str, level: str, shape: List[int], args: argparse.Namespace) -
         extra_maps=extra_bytes(step, args.device) / (student.numel() * student.element_size()),
         most_maps=method.most_maps,
     )
+
+
+@dataclass
+class StepRow:
+    what: str
+    seconds: float
+    peak_bytes: int
+
+
+def benchmark_step(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    cfg = step_config(args)
+    model = build_distiller(cfg)
+    height, width = input_size(cfg)
+    batch = random_batch(args.batch, height, width, model.student)
+    parameters = {"plain": list(model.student.parameters()), "distillation": list(model.parameters())}
+    optimizers = {
+        name: torch.optim.SGD([p for p in ps if p.requires_grad], lr=1e-6) for name, ps in parameters.items()
+    }
+
+    def train(network: torch.nn.Module, name: str) -> None:
+        with EventStorage():
+            losses = network(batch)
+        optimizers[name].zero_grad()
+        sum(losses.values()).backward()
+        optimizers[name].step()
+
+    multiple = max(model.backbone.size_divisibility, 1)
+    canvas = tuple(-(-side // multiple) * multiple for side in (height, width))
+    runs = {
+        "plain student step": lambda: train(model.student, "plain"),
+        "teacher's features": lambda: model.run_teacher(batch, canvas),
+        "distillation step": lambda: train(model, "distillation"),
+    }
+    clock = cuda_seconds if model.device.type == "cuda" else cpu_seconds
+    for run in runs.values():
+        run()
+    rounds = [{what: clock(run, 1) for what, run in runs.items()} for _ in range(args.repeat)]
+    device = cfg.MODEL.DEVICE
+    medians = {what: statistics.median(r[what] for r in rounds) for what in runs}
+    rows = [StepRow(what, medians[what], extra_bytes(run, device)) for what, run in runs.items()]
+    plain, teacher, distillation = runs
+    ratio = statistics.median(r[distillation] / (r[plain] + r[teacher]) for r in rounds)
+    print(f"{args.batch} images of {height}x{width} on {device}; losses: {', '.join(model.losses)}")
+    for row in rows:
+        print(f"{row.what:<22}{row.seconds:>9.3f} s{row.peak_bytes / 2**20:>10.0f} MiB")
+    print(f"distillation step / (plain step + teacher's features): {ratio:.3f} (to reach: 1.10)")
+    if args.json:
+        settings = {"torch": torch.__version__, "device": device, "threads": args.threads, "losses": list(model.losses)}
+        with open(args.json, "w") as f:
+            json.dump({**settings, "ratio": ratio, "steps": [asdict(row) for row in rows]}, f, indent=2)
+
+
+def step_config(args: argparse.Namespace) -> CfgNode:
+    if args.losses == "all":
+        args.losses = ",".join(ALL_LOSSES)
+    return load_config(args)
+
+
+def build_distiller(cfg: CfgNode) -> Distiller:
+    """The config's Distiller, with a teacher of random weights and margins at 0."""
+    student = build_student(cfg).to(cfg.MODEL.DEVICE)
+    teacher = build_teacher_architecture(get_teacher_cfg(cfg)).to(cfg.MODEL.DEVICE)
+    losses = build_losses(cfg, student, teacher)
+    for loss in losses:
+        loss.images_to_observe = lambda: 0
+    model = Distiller(student=student, teacher=teacher, losses=losses, input_format=cfg.INPUT.FORMAT)
+    return model.to(cfg.MODEL.DEVICE).train()
+
+
+def random_batch(images: int, height: int, width: int, student: torch.nn.Module) -> List[Dict]:
+    """Images of noise with 8 boxes each."""
+    generator = torch.Generator().manual_seed(0)
+    num_classes = getattr(getattr(student, "roi_heads", student), "num_classes", 1)
+    batch = []
+    for _ in range(images):
+        corners = torch.rand(8, 2, generator=generator) * torch.tensor([0.7 * width, 0.7 * height])
+        extents = (0.05 + 0.25 * torch.rand(8, 2, generator=generator)) * torch.tensor([width, height])
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([corners, corners + extents], dim=1))
+        instances.gt_classes = torch.randint(num_classes, (8,), generator=generator)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
 
 
 def cpu_seconds(function: Callable[[], Tensor], calls: int) -> float:

@@ -76,13 +76,12 @@ class TimmBackbone(Backbone):
         super().__init__()
         if norm not in _NORMS:
             raise ValueError(f"Unknown MODEL.TIMM.NORM {norm!r}. Valid names: {', '.join(_NORMS)}.")
-        options = {**(options or {}), "pretrained": weights == "pretrained", "in_chans": in_channels}
-        network = _create(name, **options)
+        options = {**(options or {}), "in_chans": in_channels}
+        network = timm_feature_network(name, options, weights=weights)
         indices = _indices_of_levels(name, network, out_features)
         if max(indices.values()) < max(network.feature_info.out_indices):
-            network = _create(name, **options, out_indices=sorted(indices.values()))  # no deeper than it is read
-        if options["pretrained"] is False and weights:
-            _load(network, name, weights)
+            options["out_indices"] = sorted(indices.values())
+            network = timm_feature_network(name, options, weights=weights)  # no deeper than it is read
         self.network = network
 
         info = network.feature_info
@@ -186,7 +185,18 @@ def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN
     )
 
 
-def _create(name: str, **options) -> nn.Module:
+def timm_feature_network(name: str, options: Dict[str, Any], *, weights: str = "") -> nn.Module:
+    """
+    timm's network that returns a list of maps, for a model's name.
+
+    Args:
+        name: of the model.
+        options: further arguments of ``timm.create_model``.
+        weights: see :class:`TimmBackbone`.
+
+    Raises:
+        as :class:`TimmBackbone`.
+    """
     try:
         import timm
     except ImportError:
@@ -195,9 +205,12 @@ def _create(name: str, **options) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"MODEL.TIMM.NAME {name!r} is no timm model. Nearest: {', '.join(near) or 'none'}.")
     try:
-        return timm.create_model(name, features_only=True, **options)
+        network = timm.create_model(name, features_only=True, pretrained=weights == "pretrained", **options)
     except (RuntimeError, NotImplementedError, AttributeError, AssertionError, TypeError) as e:
-        raise ValueError(f"MODEL.TIMM.NAME {name!r} does not give feature maps with {options}: {e}") from e
+        raise ValueError(f"timm's {name!r} does not give feature maps with {options}: {e}") from e
+    if weights not in ("", "pretrained"):
+        _load(network, name, weights)
+    return network
 
 
 def _indices_of_levels(name: str, network: nn.Module, out_features: Sequence[str]) -> Dict[str, int]:
@@ -223,23 +236,24 @@ def _load(network: nn.Module, name: str, path: str) -> None:
     except OSError:
         raise FileNotFoundError(f"MODEL.TIMM.WEIGHTS cannot be read: {path!r}.") from None
     # A network of features names its modules "stages_0" or "model.stages.0" where the whole model has "stages.0".
-    state = {_flat(key): value for key, value in state.items()}
+    state = {flat_key(key): value for key, value in state.items()}
     own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    missing = [key for key in own if _flat(key) not in state]
+    missing = [key for key in own if flat_key(key) not in state]
     misshapen = [
-        f"{key} is {tuple(state[_flat(key)].shape)}, expected {tuple(value.shape)}"
+        f"{key} is {tuple(state[flat_key(key)].shape)}, expected {tuple(value.shape)}"
         for key, value in own.items()
-        if key not in missing and state[_flat(key)].shape != value.shape
+        if key not in missing and state[flat_key(key)].shape != value.shape
     ]
     if missing or misshapen:
         raise ValueError(
             f"MODEL.TIMM.WEIGHTS {path!r} are not those of {name!r}: "
             f"{len(missing)} missing {missing[:3]}, {len(misshapen)} misshapen {misshapen[:3]}."
         )
-    network.load_state_dict({key: state[_flat(key)] for key in own}, strict=False)
+    network.load_state_dict({key: state[flat_key(key)] for key in own}, strict=False)
 
 
-def _flat(key: str) -> str:
+def flat_key(key: str) -> str:
+    """One spelling of a weight's name for the whole model and for its network of features."""
     return key.removeprefix("model.").replace(".", "_")
 
 

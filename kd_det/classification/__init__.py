@@ -3,15 +3,12 @@
 from kd_det.classification.classifier import ImageClassifier
 from kd_det.classification.data import check_classes, load_dataset, register_configured, register_image_folder
 from kd_det.classification.evaluator import ClassificationEvaluator
-from kd_det.classification.loader import build_test_loader, build_train_loader
 from kd_det.classification.networks import NetworkClassifier, configure_network
 
 __all__ = [
     "ClassificationEvaluator",
     "ImageClassifier",
     "NetworkClassifier",
-    "build_test_loader",
-    "build_train_loader",
     "check_classes",
     "configure_network",
     "load_dataset",

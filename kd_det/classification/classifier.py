@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from kd_det.classification.mapper import first_training_batches
 from kd_det.convert import classifier_names
 from kd_det.errors import unknown_name
 from kd_det.regions import valid_mask
@@ -94,6 +95,9 @@ class ImageClassifier(nn.Module):
             "label_smoothing": node.LABEL_SMOOTHING,
             "input_size": node.INPUT_SIZE,
         }
+
+    # What the Distiller calibrates margins on.
+    first_training_batches = staticmethod(first_training_batches)
 
     @property
     def device(self) -> torch.device:

@@ -92,14 +92,13 @@ def load_dataset(names: Sequence[str]) -> List[Dict]:
     return dicts
 
 
-def check_classes(cfg: CfgNode) -> None:
+def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     """
-    Read the folders of ``DATASETS.TRAIN`` and ``TEST`` and compare their classes with the head.
+    Read the folders of registered data sets and compare their classes with the head.
 
     Raises:
         DatasetError: see :func:`load_dataset`; labels that the head has no class for.
     """
-    names = list(cfg.DATASETS.TRAIN) + list(cfg.DATASETS.TEST)
     load_dataset(names)
     found = len(MetadataCatalog.get(names[0]).classes) if names else cfg.CLASSIFICATION.NUM_CLASSES
     if found != cfg.CLASSIFICATION.NUM_CLASSES:

@@ -74,9 +74,6 @@ class _Evaluation(hooks.EvalHook):
 class _ExportBackbone(HookBase):
     def after_train(self):
         trainer = self.trainer
-        skipped = trainer.data_loader.dataset.skipped
-        if skipped:
-            logger.warning(f"{skipped} times an image that cannot be read was skipped by this process")
         if trainer.iter + 1 < trainer.max_iter or not comm.is_main_process():
             return
         path = os.path.join(trainer.cfg.OUTPUT_DIR, BACKBONE_FILE)

@@ -1,15 +1,14 @@
 """The command line of the training tools, and the config it asks for."""
 
 import argparse
-import os
 import re
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
 from kd_det.config import add_kd_config
+from kd_det.config_file import merge_config_file, merge_options
 from kd_det.distiller import build_student, student_cfg
 from kd_det.engine.cli import UserError
 from kd_det.losses import loss_class
@@ -64,11 +63,14 @@ def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
     for add_config in (add_kd_config, *add_configs):
         add_config(cfg)
     if args.config_file:
-        _merge(args.config_file, cfg.merge_from_file, _existing(args.config_file))
+        merge_config_file(cfg, args.config_file)
+    merge_options(cfg, args.opts, where="KEY VALUE")
     if args.teacher and not args.eval_only:
         losses = args.losses.split(",") if args.losses else None
         add_teacher(cfg, args.teacher, weights=args.teacher_weights, losses=losses)
-    _merge("KEY VALUE", cfg.merge_from_list, args.opts)
+        pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
+        # The user's own KD keys win over what the arguments imply.
+        merge_options(cfg, [x for pair in pairs if pair[0].startswith("KD.") for x in pair], where="KEY VALUE")
     cfg.MODEL.DEVICE = _usable_device(cfg.MODEL.DEVICE, asked_for="MODEL.DEVICE" in args.opts)
     cfg.freeze()
     return plain_student_cfg(cfg) if args.eval_only else cfg
@@ -132,21 +134,3 @@ def _usable_device(name: str, *, asked_for: bool) -> str:
     if asked_for:
         raise UserError(f"MODEL.DEVICE is {name!r}, and PyTorch finds no GPU: set MODEL.DEVICE cpu")
     return "cpu"
-
-
-def _existing(path: str) -> str:
-    if os.path.isdir(path):
-        raise UserError(f"--config-file {path!r} is a folder; expected a yaml file")
-    if "://" not in path and not os.path.exists(path):
-        raise FileNotFoundError(f"--config-file {path!r} does not exist")
-    return path
-
-
-def _merge(where: str, merge, what) -> None:
-    try:
-        merge(what)
-    except yaml.YAMLError as e:
-        raise UserError(f"{where} is not a yaml config: {e}") from e
-    except (KeyError, AssertionError, TypeError, AttributeError, ValueError) as e:  # yacs raises all of these
-        message = e.args[0] if e.args else type(e).__name__
-        raise UserError(f"{where}: {message}") from e

@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 from kd_det.checkpoint import find_weights
+from kd_det.classification import check_classes
 from kd_det.data import check_dataset
 from kd_det.engine.arguments import plain_student_cfg
 from kd_det.engine.cli import UserError
@@ -47,6 +48,9 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.MODEL.WEIGHTS:
         find_weights(cfg.MODEL.WEIGHTS, who="student (MODEL.WEIGHTS)")
     training_sets = [] if args.eval_only else list(cfg.DATASETS.TRAIN)
+    if plain_student_cfg(cfg).MODEL.META_ARCHITECTURE.endswith("Classifier"):
+        check_classes(cfg, training_sets + list(cfg.DATASETS.TEST))
+        return
     for name in dict.fromkeys(training_sets + list(cfg.DATASETS.TEST)):
         summary = check_dataset(name)
         _check_classes(cfg, name, summary.thing_classes)

@@ -74,6 +74,7 @@ class ResumableLoader:
         aspect_ratio_grouping: bool = True,
         num_workers: int = 0,
         seed: int = 0,
+        **options,
     ):
         """
         Args:
@@ -84,6 +85,7 @@ class ResumableLoader:
             aspect_ratio_grouping: no batch mixes landscape with portrait; the dicts then have "width" and "height".
             num_workers: processes that load, 0 for this one.
             seed: the same in all processes.
+            options: of PyTorch's ``DataLoader``, such as ``prefetch_factor``.
         """
         self._images = _SeededImages(dataset, CheckedMapper(mapper), seed)
         self._build_sampler = build_sampler
@@ -92,6 +94,7 @@ class ResumableLoader:
         if aspect_ratio_grouping:
             self._wide = np.array([_is_wide(dataset[i]) for i in range(len(dataset))])
         self._num_workers = num_workers
+        self._options = options
         self._first = 0
 
     def state_dict(self) -> dict:
@@ -113,6 +116,7 @@ class ResumableLoader:
             num_workers=self._num_workers,
             collate_fn=_as_list,
             generator=torch.Generator().manual_seed(self._images.seed),  # leaves the global one alone
+            **self._options,
         )
         for batch in loader:
             for image in batch:

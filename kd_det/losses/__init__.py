@@ -8,6 +8,8 @@ from kd_det.losses.attention_transfer import (
 )
 from kd_det.losses.bounded_regression import BoundedRegressionLoss, bounded_regression_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, build_losses, loss_class
+from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
+from kd_det.losses.gradient_attention import GradientAttentionLoss
 from kd_det.losses.hint import HintLoss, hint_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
 from kd_det.losses.overhaul import OverhaulLoss, margin_from_norm, margin_relu, overhaul_loss, partial_l2_loss
@@ -19,6 +21,8 @@ __all__ = [
     "AttentionTransferLoss",
     "BoundedRegressionLoss",
     "DistillationLoss",
+    "FSPLoss",
+    "GradientAttentionLoss",
     "HintLoss",
     "NSTLoss",
     "OverhaulLoss",
@@ -28,6 +32,8 @@ __all__ = [
     "attention_transfer_loss",
     "bounded_regression_loss",
     "build_losses",
+    "fsp_loss",
+    "fsp_matrix",
     "gradient_attention_loss",
     "hint_loss",
     "loss_class",

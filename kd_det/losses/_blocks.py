@@ -17,9 +17,9 @@ from kd_det.losses._spatial import full_precision
 
 __all__ = ["SquaredResidual", "blocks"]
 
-# Elements of a block: 5 MB of float32 on a CPU, where two of them stay in the last-level cache; elsewhere, enough to
-# make the launch of a kernel not matter.
-_BLOCK_ELEMENTS = {"cpu": 5 * 2**18}
+# Elements of a block: about 2 MB of float32 on a CPU, so that it, its source and its scratch stay in the cache;
+# elsewhere, enough to make the launch of a kernel not matter.
+_BLOCK_ELEMENTS = {"cpu": 9 * 2**16}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 

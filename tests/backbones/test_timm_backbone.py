@@ -107,7 +107,7 @@ def test_weights_that_do_not_fit(tmp_path):
     torch.save(timm.create_model("mobilenetv2_050").state_dict(), path)
     with pytest.raises(ValueError, match=r"are not those of 'resnet10t': \d+ missing"):
         TimmBackbone(name="resnet10t", weights=path)
-    with pytest.raises(ValueError, match=r"'mobilenetv2_035': 0 missing \[\], \d+ misshapen \['conv_stem.weight"):
+    with pytest.raises(ValueError, match=r"'mobilenetv2_035': 0 missing \[\], \d+ misshapen"):
         TimmBackbone(name="mobilenetv2_035", weights=path)
     with pytest.raises(FileNotFoundError, match="MODEL.TIMM.WEIGHTS cannot be read: '/no/such.pth'"):
         TimmBackbone(name="mobilenetv2_035", weights="/no/such.pth")

@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""
+Pretrain a backbone by image classification, with or without a teacher, or evaluate a classifier.
+
+    tools/pretrain_backbone.py --config-file configs/Classification/R_50-R_18/nst_soft_targets.yaml
+
+Ends with OUTPUT_DIR/backbone.pkl, which a detector takes as MODEL.WEIGHTS. With --compare, it trains each config with
+each seed and prints a table instead.
+"""
+
+from detectron2.engine import default_setup
+
+from kd_det.classification import register_configured
+from kd_det.classification.compare import compare
+from kd_det.classification.trainer import ClassificationTrainer
+from kd_det.engine import argument_parser, check_run, evaluate, launch, load_config, parse_arguments, run_tool
+
+
+def setup(args):
+    cfg = load_config(args)
+    register_configured(cfg)
+    return cfg
+
+
+def main(args):
+    cfg = setup(args)
+    default_setup(cfg, args)
+    if args.eval_only:
+        return evaluate(cfg, ClassificationTrainer, resume=args.resume)
+    trainer = ClassificationTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def check_and_launch(args):
+    if args.compare:
+        print(compare(args.compare, args.seeds, args.opts, tool=__file__))
+        return
+    cfg = setup(args)
+    check_run(cfg, args)
+    launch(main, args)
+
+
+def get_parser():
+    parser = argument_parser()
+    parser.add_argument("--compare", nargs="+", metavar="CONFIG_FILE", help="train these and compare their accuracy")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of --compare, default 0 1 2")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(check_and_launch, parse_arguments(get_parser()))
