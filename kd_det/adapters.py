@@ -1,8 +1,8 @@
 """
 Teachers from elsewhere: any network that maps images to feature maps teaches a detector.
 
-By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"`` with a local
-file of its weights; in Python, :class:`FeatureTeacher` around a network of your own, or :func:`torchvision_teacher`.
+By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"`` with a
+local file of its weights; in Python, :class:`FeatureTeacher` around any network, or :func:`torchvision_teacher`.
 """
 
 import math
@@ -101,7 +101,7 @@ class _Features(Backbone):
                 maps = self._maps(image)
         except (RuntimeError, AssertionError) as e:
             raise ValueError(
-                f"The teacher's network cannot run on images of any size ({_PROBE_SIDE} x {_PROBE_SIDE} was tried): {e} "
+                f"The teacher's network must run on images of any size; on {_PROBE_SIDE} x {_PROBE_SIDE} it fails: {e} "
                 f"(A ViT of timm needs MODEL.TIMM.OPTS ['dynamic_img_size', True] in KD.TEACHER.OPTS.)"
             ) from e
         finally:
@@ -168,18 +168,24 @@ class FeatureTeacher(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Takes the names of the network's own library too, and leaves its heads behind."""
-        own = {flat_key(_inner(key)): key for key in self.state_dict()}
+        own = {flat_key(_inner(key)): (key, value) for key, value in self.state_dict().items()}
+        misshapen = []
         for key in [k for k in state_dict if k.startswith(prefix)]:
-            value, ours = state_dict.pop(key), own.get(flat_key(_inner(key.removeprefix(prefix))))
-            if ours is not None:
-                state_dict[prefix + ours] = value
+            value = state_dict.pop(key)
+            name, mine = own.get(flat_key(_inner(key.removeprefix(prefix))), (None, None))
+            if name is not None:
+                state_dict[prefix + name] = value
+                if value.shape != mine.shape:
+                    misshapen.append(f"{key} is {tuple(value.shape)}, expected {tuple(mine.shape)}")
+        if misshapen:
+            raise ValueError(f"The teacher's weights are another network's: {len(misshapen)} misshapen ({misshapen[0]}).")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
     """
-    The features of a torchvision detector as a teacher, ``p2``, ``p3``, ... by stride, and ``res2`` to ``res5`` where its
-    backbone is a ResNet. The detector's own resizing is left out: the student's images are taken as they are.
+    The features of a torchvision detector as a teacher, ``p2``, ``p3``, ... by stride, and ``res2`` to ``res5`` where
+    its backbone is a ResNet. The detector's own resizing is left out: the student's images are taken as they are.
 
     Args:
         detector: a detector of ``torchvision.models.detection``, with its trained weights.
@@ -236,8 +242,8 @@ def _from_torchvision(name: str, cfg: CfgNode) -> Dict:
     stages = _resnet_stages(network)
     if len(stages) < 4:
         raise ValueError(
-            f"torchvision's {name!r} has no layer1 to layer4 to read. Take the same network from timm ('timm://...'), or "
-            f"wrap it: kd_det.adapters.FeatureTeacher(network=...)."
+            f"torchvision's {name!r} has no layer1 to layer4 to read. Take the network from timm ('timm://...'), or wrap "
+            f"it: kd_det.adapters.FeatureTeacher(network=...)."
         )
     body = IntermediateLayerGetter(network, {f"layer{i}": f"layer{i}" for i in range(1, 5)})
     mean, std, _ = NETWORK_SOURCES["torchvision"](name)

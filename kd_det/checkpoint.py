@@ -116,6 +116,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 return loaded if "model" in loaded else {"model": loaded}
             loaded = super()._load_file(filename)
         except _UNREADABLE as e:
+            self._parsed_url_during_load = None  # main's load() wants to find it so when it is called again
             raise ValueError(_explain(filename, e)) from e
         return loaded
 
@@ -148,12 +149,14 @@ _UNREADABLE = (
 def _explain(filename: str, error: Exception) -> str:
     size = os.path.getsize(filename)
     message = str(error)
-    refused = re.search(r"(?:it holds|GLOBAL) ([\w.]+\.\w+)", message)
+    refused = re.search(r"(?:it holds|GLOBAL) ([\w.]+)", message)
     if isinstance(error, pickle.UnpicklingError) and refused:
         return (
             f"{filename} is refused: it holds {refused.group(1)}, and weights are tensors or NumPy arrays in plain "
             f"containers; loading anything else could run any command."
         )
+    # torch explains at length how to load the file all the same.
+    message = message.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
     reason = " ".join(message.split())[:200] or type(error).__name__
     return f"{filename} ({size:,} bytes) is truncated or not a checkpoint: {reason}."
 

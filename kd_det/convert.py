@@ -54,11 +54,13 @@ _STEM_KEY = re.compile(r"(conv1|bn1)\.(\w+)")
 # torchvision's; its file in Detectron2's zoo; Caffe2's file in Detectron2's zoo.
 _HEAD_KEY = re.compile(r"(?:fc|stem\.fc|fc1000|stem\.fc1000)\.(weight|bias)")
 
+# By the last convolution of a block, and the numbers of blocks.
 _DEPTHS = {
-    (2, 2, 2, 2): (18, "conv2"),
-    (3, 4, 6, 3): (50, "conv3"),
-    (3, 4, 23, 3): (101, "conv3"),
-    (3, 8, 36, 3): (152, "conv3"),
+    ("conv2", 2, 2, 2, 2): 18,
+    ("conv2", 3, 4, 6, 3): 34,
+    ("conv3", 3, 4, 6, 3): 50,
+    ("conv3", 3, 4, 23, 3): 101,
+    ("conv3", 3, 8, 36, 3): 152,
 }
 
 
@@ -114,16 +116,15 @@ def resnet_options(weights: Mapping[str, Tensor]) -> Dict[str, object]:
     Raises:
         ValueError: no depth of Detectron2's has such blocks.
     """
-    blocks = tuple(
-        len({key.split(".")[1] for key in weights if key.startswith(f"res{stage}.")}) for stage in (2, 3, 4, 5)
-    )
-    depth, last = _DEPTHS.get(blocks, (0, ""))
-    if depth == 50 and "res2.0.conv3.weight" not in weights:
-        depth, last = 34, "conv2"
-    if f"res2.0.{last}.weight" not in weights:
-        raise ValueError(f"No ResNet of Detectron2 (18, 34, 50, 101, 152) has {blocks} blocks of this kind.")
+    last = "conv3" if "res2.0.conv3.weight" in weights else "conv2"
+    blocks = [len({key.split(".")[1] for key in weights if key.startswith(f"res{stage}.")}) for stage in (2, 3, 4, 5)]
+    if (last, *blocks) not in _DEPTHS:
+        raise ValueError(
+            f"No ResNet of Detectron2 (18, 34, 50, 101, 152) has {blocks} blocks that end in {last} (expected conv2 in "
+            f"the first two, conv3 in the others)."
+        )
     options: Dict[str, object] = {
-        "DEPTH": depth,
+        "DEPTH": _DEPTHS[last, *blocks],
         "STEM_OUT_CHANNELS": weights["stem.conv1.weight"].shape[0],
         "RES2_OUT_CHANNELS": weights[f"res2.0.{last}.weight"].shape[0],
         "STRIDE_IN_1X1": False,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd_det.compat import has_event_storage
 from kd_det.errors import unknown_name
+from kd_det.inherit import inherit_weights
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
 from kd_det.random_state import preserved_random_state
 from kd_det.regions import RegionHead, Regions, RegionTaps
@@ -102,10 +103,11 @@ class Distiller(nn.Module):
     def from_config(cls, cfg: CfgNode) -> Dict:
         student = build_student(cfg)
         ret = {"student": student, "input_format": cfg.INPUT.FORMAT}
-        if enabled_loss_classes(cfg):
+        if enabled_loss_classes(cfg) or cfg.KD.INHERIT:
             # What distillation draws at random must not shift what training draws after it.
             with preserved_random_state():
                 ret["teacher"] = build_teacher(cfg)
+                inherit_weights(student, ret["teacher"], cfg.KD.INHERIT)
                 ret["losses"] = build_losses(cfg, student, ret["teacher"])
             batches = getattr(student, "first_training_batches", first_training_batches)
             ret["calibration_batches"] = functools.partial(batches, cfg)

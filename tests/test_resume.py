@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kd_det.checkpoint
-from kd_det.engine import RESUMABLE
+from kd_det.engine import RESUMABLE, Trainer
 from tests.tiny_run import ALL_LOSSES, differing, in_process, run_cfg, train
 
 
@@ -91,59 +91,56 @@ def test_resuming_with_other_losses_says_so(tmp_path):
         train(cfg, resume=True)
 
 
-def kill_at_random(cfg, moment: float):
-    """Run until killed: at a moment of a random step's course, or inside a save."""
-    rng = random.Random(moment)
-    if rng.random() < 0.4:
-        written = os.replace if rng.random() < 0.5 else None
-        victim = rng.randrange(1, 7)
-        calls = iter(range(1, 100))
+def kill_at_random(cfg, seed: int):
+    """Go on until killed: somewhere in the next steps, or inside one of the next saves."""
+    rng = random.Random(seed)
+    steps, delay = rng.randrange(3), rng.random() * 0.08
+    if seed % 2:
+        kd_det.checkpoint.os = _Killing(victim=rng.randrange(1, 5), before=rng.random() < 0.5)
+        delay = 10
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
-        def replace(source, target):
-            if next(calls) == victim:
-                if written:  # the file has its name, last_checkpoint has not moved
-                    written(source, target)
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.rename(source, target)
+    class Killed(Trainer):
+        def before_step(self):
+            if self.iter == self.start_iter + steps:
+                signal.setitimer(signal.ITIMER_REAL, delay + 1e-6)
+            super().before_step()
 
-        kd_det.checkpoint.os = _Replaced(os, replace)
-    else:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, 0.05 + rng.random() * 1.5)
-    train(cfg, resume=True)
+    train(cfg, resume=True, trainer_class=Killed)
 
 
-class _Replaced:
-    """The module os with another ``replace``."""
+class _Killing:
+    """The module os, whose ``replace`` kills in its ``victim``-th call: before or after the file has its name."""
 
-    def __init__(self, module, replace):
-        self._module, self.replace = module, replace
+    def __init__(self, *, victim: int, before: bool):
+        self._calls, self._victim, self._before = 0, victim, before
 
     def __getattr__(self, name):
-        return getattr(self._module, name)
+        return getattr(os, name)
+
+    def replace(self, source, target):
+        self._calls += 1
+        if self._calls == self._victim and self._before:
+            with open(source, "r+b") as file:  # as if the last bytes had not been written
+                file.truncate(os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.replace(source, target)
+        if self._calls == self._victim:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_until_done(cfg, kills: int) -> int:
-    killed = 0
-    for attempt in range(kills):
-        status = in_process(kill_at_random, cfg, float(attempt))
-        assert status in (0, -signal.SIGKILL)
-        killed += status != 0
-    assert in_process(train_and_exit, cfg) == 0
-    return killed
+def check_kills(tmp_path, kills: int):
+    cfg = run_cfg(tmp_path, *ALL_LOSSES, SOLVER__CHECKPOINT_PERIOD=1, SOLVER__MAX_ITER=2 + 3 * kills)
+    train(cfg)
+    killed = other_folder(cfg, "killed")
+    statuses = [in_process(kill_at_random, killed, seed) for seed in range(kills)]
+    assert statuses == [-signal.SIGKILL] * kills
+    assert in_process(train_and_exit, killed) == 0
+    assert differing(load(killed.OUTPUT_DIR), load(cfg.OUTPUT_DIR)) == []
 
 
 def train_and_exit(cfg):
     train(cfg, resume=True)
-
-
-def check_kills(tmp_path, kills: int):
-    cfg = run_cfg(tmp_path, *ALL_LOSSES, SOLVER__CHECKPOINT_PERIOD=1, SOLVER__MAX_ITER=12)
-    train(cfg)
-    before = load(cfg.OUTPUT_DIR)
-    killed = kill_until_done(other_folder(cfg, "killed"), kills)
-    assert killed >= kills // 3  # later ones may find the run finished
-    assert differing(load(os.path.join(tmp_path, "killed")), before) == []
 
 
 def test_killed_at_10_random_moments(tmp_path):
@@ -152,14 +149,11 @@ def test_killed_at_10_random_moments(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_50_random_moments(tmp_path):
-    for run in range(5):
-        check_kills(tmp_path / str(run), 10)
+    check_kills(tmp_path, 50)
 
 
 def terminate_soon(cfg, signum, step):
     """Run, and be asked to stop in the middle of a step."""
-    from kd_det.engine import Trainer
-
     class Asked(Trainer):
         def run_step(self):
             if self.iter == step:
@@ -188,8 +182,6 @@ def test_asked_to_stop_in_an_evaluation_it_ends_at_once(tmp_path):
 
 
 def stopped_in_evaluation(cfg):
-    from kd_det.engine import Trainer
-
     class Asked(Trainer):
         @classmethod
         def test(cls, cfg, model, evaluators=None):

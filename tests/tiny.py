@@ -14,7 +14,7 @@ from kd_det import add_kd_config
 NUM_CLASSES = 3
 
 
-def _tiny_resnet(cfg: CfgNode) -> ResNet:
+def tiny_resnet(cfg: CfgNode) -> ResNet:
     """One block a stage; RES2_OUT_CHANNELS is res2's width; DEPTH 18 gives basic blocks, 50 bottlenecks."""
     width, norm = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.NORM
     stem = BasicStem(3, width, norm=norm)
@@ -34,7 +34,7 @@ def _tiny_resnet(cfg: CfgNode) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_tiny_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec):
     return FPN(
-        _tiny_resnet(cfg), ["res2", "res3", "res4", "res5"], cfg.MODEL.FPN.OUT_CHANNELS, top_block=LastLevelMaxPool()
+        tiny_resnet(cfg), ["res2", "res3", "res4", "res5"], cfg.MODEL.FPN.OUT_CHANNELS, top_block=LastLevelMaxPool()
     )
 
 

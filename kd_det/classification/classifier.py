@@ -131,9 +131,13 @@ class ImageClassifier(nn.Module):
         return self.linear(self._pool(features, images))
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
-        """Normalise, pad and batch the images."""
+        """Normalise, pad and batch the images, with gradients to them (v0.6's ``ImageList.from_tensors`` has none)."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        multiple = max(self.backbone.size_divisibility, 1)
+        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes))
+        padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes)]
+        return ImageList(torch.stack(padded), sizes)
 
     @staticmethod
     def _pool(features: Tensor, images: ImageList) -> Tensor:
@@ -162,9 +166,9 @@ class ImageClassifier(nn.Module):
         for old, new in renamed.items():
             state_dict[prefix + new] = state_dict.pop(prefix + old)
         own = self.state_dict()
-        for key in set(renamed.values()) & set(own):
+        for key in [name for name in renamed.values() if name in own]:
             found, expected = tuple(state_dict[prefix + key].shape), tuple(own[key].shape)
             if found != expected:
-                hint = f" The weights classify {found[0]} classes, not {expected[0]}." if key == "linear.weight" else ""
+                hint = f" The weights classify {found[0]} classes, not {expected[0]}." if key.startswith("linear.") else ""
                 raise ValueError(f"Weights that do not fit: {key} is {found}, expected {expected}.{hint}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

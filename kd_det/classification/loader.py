@@ -74,7 +74,6 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[ClassificationMapper] = No
     """
     node = cfg.CLASSIFICATION
     images = DatasetFromList(load_dataset(cfg.DATASETS.TRAIN), copy=False)
-    seed = comm.shared_random_seed()
     batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
     if rest or batch_size < 1:
         raise ValueError(
@@ -84,10 +83,10 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[ClassificationMapper] = No
     loader = ResumableLoader(
         images,
         mapper or build_mapper(cfg, is_train=True),
-        functools.partial(TrainingSampler, len(images), seed=seed),
+        functools.partial(TrainingSampler, len(images)),  # seeded by the loader
         batch_size=batch_size,
         aspect_ratio_grouping=False,
-        seed=seed,
+        seed=comm.shared_random_seed(),
         **_workers(cfg),
     )
     if node.AUG.MIXUP or node.AUG.CUTMIX:

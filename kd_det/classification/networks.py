@@ -85,9 +85,10 @@ def _timm_images(network: str) -> Tuple[List[float], List[float], int]:
     known = timm.list_models()
     if network.partition(".")[0] not in known:
         raise ValueError(unknown_name("model of timm", network, known))
-    trained = timm.get_pretrained_cfg(network)
-    if trained is None:
-        raise ValueError(f"timm has no variant {network!r} of {network.partition('.')[0]!r}.")
+    try:
+        trained = timm.get_pretrained_cfg(network)
+    except RuntimeError:
+        raise ValueError(f"timm has no variant {network!r} of {network.partition('.')[0]!r}.") from None
     return list(trained.mean), list(trained.std), trained.input_size[-1]
 
 

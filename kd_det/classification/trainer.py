@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, hooks
@@ -16,11 +17,12 @@ from kd_det.classification.loader import build_test_loader, build_train_loader
 from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
 from kd_det.engine.trainer import EVALUATORS, Trainer
 
-__all__ = ["BACKBONE_FILE", "ClassificationTrainer"]
+__all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer"]
 
 logger = logging.getLogger(__name__)
 
 BACKBONE_FILE = "backbone.pkl"
+AVERAGE_FILE = "model_ema.pth"
 
 EVALUATORS["classification"] = lambda name, output_dir: ClassificationEvaluator()
 
@@ -28,8 +30,8 @@ EVALUATORS["classification"] = lambda name, output_dir: ClassificationEvaluator(
 class ClassificationTrainer(Trainer):
     """
     Trains an ``ImageClassifier``, plain or as a Distiller's student. With ``CLASSIFICATION.EMA_DECAY``, the average of
-    the weights is what is evaluated and exported; checkpoints hold both. At the end the backbone is written to
-    ``OUTPUT_DIR/backbone.pkl``.
+    the weights is what is evaluated and exported; checkpoints hold both, and at the end ``OUTPUT_DIR/model_ema.pth`` is
+    a classifier of the average (for ``--eval-only``, or to teach). Then the backbone is in ``OUTPUT_DIR/backbone.pkl``.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -78,7 +80,10 @@ class _ExportBackbone(HookBase):
             return
         path = os.path.join(trainer.cfg.OUTPUT_DIR, BACKBONE_FILE)
         with trainer.averaged():
-            save_backbone(path, backbone_weights(_plain(trainer.model)), backbone_metadata(trainer.cfg))
+            model = _plain(trainer.model)
+            save_backbone(path, backbone_weights(model), backbone_metadata(trainer.cfg))
+            if trainer.average is not None:
+                torch.save({"model": model.state_dict()}, os.path.join(trainer.cfg.OUTPUT_DIR, AVERAGE_FILE))
         logger.info(f"Backbone for detectors: {path} ({_usage(trainer.cfg)})")
 
 

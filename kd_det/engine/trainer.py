@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -21,6 +21,7 @@ from kd_det.engine.loader import build_train_loader
 from kd_det.engine.step import TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
 from kd_det.errors import one_line, unknown_name
+from kd_det.evaluation import COCOEvaluator
 from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
 
 __all__ = ["EVALUATORS", "Trainer", "evaluate"]

@@ -79,9 +79,14 @@ def gather_samples(samples: Tensor) -> Tensor:
     The samples of all ranks along the first axis, with gradients to the local ones.
 
     Args:
-        samples: (b, ...), of one shape on all ranks.
+        samples: (b, ...); b may differ from rank to rank.
     """
-    return _AllGather.apply(samples) if comm.get_world_size() > 1 else samples
+    if comm.get_world_size() == 1:
+        return samples
+    counts = comm.all_gather(len(samples))
+    padded = torch.cat([samples, samples.new_zeros(max(counts) - len(samples), *samples.shape[1:])])
+    chunks = _AllGather.apply(padded).chunk(len(counts))
+    return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts)])
 
 
 class _SelfProduct(Function):
@@ -104,7 +109,7 @@ class _SelfProduct(Function):
 class SimilarityLoss(DistillationLoss):
     """
     :func:`similarity_preserving_loss` where a batch has enough samples for it: over the regions that the student
-    samples (hundreds an image), or over the images of all ranks.
+    samples (hundreds an image), or over the images. Samples are those of all ranks; gradients flow to the local ones.
     """
 
     name = "similarity"
@@ -114,7 +119,7 @@ class SimilarityLoss(DistillationLoss):
         """
         Args:
             samples: "regions": the pooled features of the sampled regions, from both networks; taps are not read.
-                "images": the maps at the taps, of the images of all ranks; gradients flow to the local ones.
+                "images": the maps at the taps.
             grid: with "images", every image's valid part is average-pooled to (grid, grid), so that images of
                 different sizes compare and padding does not count.
             kwargs: see :class:`DistillationLoss`.
@@ -144,7 +149,7 @@ class SimilarityLoss(DistillationLoss):
 
     def forward(self, student, teacher, regions):
         if self.needs_regions:
-            pairs = [(s.features, t.features) for s, t in regions.region_pairs()]
+            pairs = [(gather_samples(s.features), gather_samples(t.features)) for s, t in regions.region_pairs()]
             return sum(similarity_preserving_loss(s, t) for s, t in pairs) / len(pairs)
         total = 0.0
         for s, t, _ in self.pairs(student, teacher, regions):

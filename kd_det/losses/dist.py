@@ -1,0 +1,64 @@
+"""DIST, knowledge distillation from a stronger teacher: arXiv 2205.10536."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
+
+__all__ = ["dist_loss"]
+
+
+@full_precision
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """
+    ``T^2 (beta inter + gamma intra)`` (equations 6 to 9): inter is 1 - Pearson's correlation of both softmaxes over
+    classes, averaged over samples; intra the same over samples, averaged over classes.
+
+    The published code adds 1e-8 to the denominator of the correlation, which biases it where probabilities are small,
+    as they are among many classes; here only a constant row, which has no correlation, is treated apart: it counts 1.
+
+    Args:
+        student_logits: (N, K).
+        teacher_logits: (N, K); is detached.
+        beta, gamma: weights of the two parts.
+        temperature: T > 0.
+
+    Returns:
+        A scalar; 0 for an empty batch.
+
+    Raises:
+        ValueError: shapes that differ, or a temperature that is not positive.
+    """
+    student, teacher = to_float("dist_loss", student_logits, teacher_logits)
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"dist_loss: both logits must be (N, K), found shapes {tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"dist_loss: the temperature must be a positive number, found {temperature}.")
+    if student.numel() == 0:
+        return zero_loss(student)
+    s, t = (F.softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    return temperature**2 * (beta * _one_minus_pearson(s, t) + gamma * _one_minus_pearson(s.T, t.T))
+
+
+def _one_minus_pearson(x: Tensor, y: Tensor) -> Tensor:
+    """Of (B, D) and (B, D), row by row, averaged over rows."""
+    x, y = (_centred_unit(rows) for rows in (x, y))
+    return 1 - (x * y).sum(1).mean()
+
+
+def _centred_unit(rows: Tensor) -> Tensor:
+    centred = rows - rows.mean(1, keepdim=True)
+    # What is below the rounding of the mean is noise, whose direction must not count.
+    noise = 4 * torch.finfo(rows.dtype).eps * rows.detach().abs().amax(1, keepdim=True)
+    varies = centred.detach().abs().amax(1, keepdim=True) > noise
+    return unit_rows(centred * varies)

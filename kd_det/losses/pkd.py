@@ -1,0 +1,53 @@
+"""PKD, general distillation framework for object detectors via Pearson correlation coefficient: arXiv 2207.02039."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+
+__all__ = ["pkd_loss"]
+
+
+@full_precision
+def pkd_loss(student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = None) -> Tensor:
+    """
+    Half the mean squared error between both maps, each channel standardised over the batch and its positions (equation
+    4), which is 1 - Pearson's correlation of the channel.
+
+    Args:
+        student: (N, C, Hs, Ws).
+        teacher: (N, C, Ht, Wt); is detached. The larger map is average-pooled to the smaller.
+        valid: bool (N, 1, H, W) at either size: the positions that hold image. Others count neither in the statistics
+            nor in the mean.
+
+    Returns:
+        A scalar; 0 for an empty batch. A constant channel is standardised to zeros and gets zero gradient.
+
+    Raises:
+        ValueError: batches, channels, types or a mask that do not fit.
+    """
+    maps = match_maps("pkd_loss", student, teacher, valid, same_channels=True)
+    if maps.empty:
+        return zero_loss(maps.student)
+    channels, positions = (x.transpose(0, 1).flatten(1) for x in (maps.student, maps.teacher)), None
+    if maps.valid is not None:
+        positions = maps.valid.flatten()
+        channels = (x[:, positions] for x in channels)
+    student, teacher = (_standardise(x) for x in channels)
+    return (student - teacher).square().sum() / (2 * max(1, student.numel()))
+
+
+def _standardise(x: Tensor) -> Tensor:
+    """(C, P) to mean 0 and variance 1 (of the population) per channel; a constant channel to 0, without gradient."""
+    if x.shape[1] == 0:
+        return x
+    # Pearson's correlation does not depend on the scale, so the peak needs no gradient.
+    peak = x.detach().abs().amax(1, keepdim=True)
+    x = x / peak.clamp(min=torch.finfo(x.dtype).tiny)
+    x = x - x.mean(1, keepdim=True)
+    variance = x.square().mean(1, keepdim=True)
+    # Below the rounding of the mean, nothing is left but noise.
+    varies = variance > (4 * torch.finfo(x.dtype).eps) ** 2
+    return x * (varies * torch.where(varies, variance, 1).rsqrt())

@@ -1,0 +1,108 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from detectron2.config import get_cfg
+
+from kd_det import add_kd_config, build_teacher
+from kd_det.teacher import Teacher
+from tests.classification.tiny_classifier import classifier_cfg
+from tests.test_convert import features, trained
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def teacher(name, weights, **opts):
+    cfg = classifier_cfg(KD__STUDENT__META_ARCHITECTURE="ImageClassifier")
+    cfg.KD.TEACHER.CONFIG_FILE = name
+    cfg.KD.TEACHER.WEIGHTS = str(weights)
+    cfg.KD.TEACHER.OPTS = [x for pair in opts.items() for x in (pair[0].replace("__", "."), pair[1])]
+    return build_teacher(cfg)
+
+
+def save(network, path):
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def pixels(size=64):
+    return torch.randint(256, (3, size, size), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("library, create", [("torchvision", torchvision.models.get_model), ("timm", timm.create_model)])
+def test_a_named_resnet_says_what_its_source_says(tmp_path, library, create):
+    network = trained(create("resnet18", num_classes=7))
+    found = teacher(
+        f"{library}://resnet18", save(network, tmp_path / "w.pth"), CLASSIFICATION__NUM_CLASSES=7, CLASSIFICATION__INPUT_SIZE=0
+    )
+    image = pixels()
+    with torch.no_grad():
+        x = ((image / 255 - MEAN) / STD)[None]
+        expected = network(x).softmax(1)[0]
+        assert torch.allclose(found([{"image": image}])[0]["scores"], expected, atol=1e-5)
+        pre_activation = Teacher(found, ["res4.pre_activation", "linear"])
+        maps, _ = pre_activation([{"image": image.flip(0)}], input_format="BGR", canvas=(64, 64), device=x.device)
+        assert torch.allclose(maps["res4.pre_activation"][0].relu(), features(network, x)["res4"], atol=1e-4)
+        assert torch.allclose(maps["linear"][0], network(x), atol=1e-4)
+    assert found.input_format == "RGB"
+
+
+@pytest.mark.parametrize(
+    "name, create, level, module",
+    [
+        ("timm://mobilenetv2_100", timm.create_model, "res4", "blocks.4"),
+        ("torchvision://mobilenet_v2", torchvision.models.get_model, "network.features.7", "features.7"),
+    ],
+)
+def test_a_named_network_is_taken_whole(tmp_path, name, create, level, module):
+    network = trained(create(name.partition("://")[2], num_classes=5))
+    found = teacher(name, save(network, tmp_path / "w.pth"), CLASSIFICATION__NUM_CLASSES=5)
+    assert type(found).__name__ == "NetworkClassifier"
+    image, seen = pixels(48), []
+    network.get_submodule(module).register_forward_hook(lambda m, args, out: seen.append(out))
+    with torch.no_grad():
+        x = ((image / 255 - MEAN) / STD)[None]
+        x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)  # its own input size
+        expected = network(x)
+    maps, _ = Teacher(found, [level, "linear"])([{"image": image}], input_format="RGB", canvas=(48, 48), device=x.device)
+    assert torch.allclose(maps["linear"][0], expected, atol=1e-4)
+    assert torch.allclose(maps[level][0], seen[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("torchvision://resnet51", "Unknown classifier of torchvision 'resnet51'. Did you mean 'resnet"),
+        ("timm://mobilenet_v9", "Unknown model of timm 'mobilenet_v9'. Did you mean 'mobilenet"),
+        ("timm://resnet50.no_such", "no variant 'resnet50.no_such'"),
+        ("torchvison://resnet50", "neither a file nor"),
+    ],
+)
+def test_names_that_do_not_exist(name, message):
+    with pytest.raises(ValueError, match=message):
+        teacher(name, "w.pth")
+
+
+def test_weights_are_asked_for_and_checked(tmp_path):
+    with pytest.raises(ValueError, match="has no weights"):
+        teacher("torchvision://resnet18", "")
+    with pytest.raises(FileNotFoundError, match="none.pth"):
+        teacher("torchvision://resnet18", tmp_path / "none.pth")
+    weights = save(torchvision.models.resnet18(num_classes=3), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="The weights classify 3 classes, not 1000"):
+        teacher("torchvision://resnet18", weights)
+    weights = save(torchvision.models.resnet34(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="do not fit the teacher 'torchvision://resnet18': .*unexpected"):
+        teacher("torchvision://resnet18", weights)
+
+
+def test_a_network_must_be_named():
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "NetworkClassifier"
+    cfg.MODEL.DEVICE = "cpu"
+    from detectron2.modeling import build_model
+
+    with pytest.raises(ValueError, match="CLASSIFICATION.NETWORK must be torchvision://NAME or timm://NAME, found ''"):
+        build_model(cfg)

@@ -1,0 +1,38 @@
+"""
+tools/train_net.py for the tiny detectors: a user's own script that registers a backbone and a data set and then is the
+tool. TINY_DATA is the folder of the data set; TINY_KILL=rank:iteration:signal has a process end itself there.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import train_net  # noqa: E402
+
+import tests.tiny  # noqa: E402, F401
+from kd_det.engine import Trainer, argument_parser, parse_arguments, run_tool  # noqa: E402
+
+register_coco_instances("tiny", {}, os.environ["TINY_DATA"] + "/annotations.json", os.environ["TINY_DATA"])
+
+
+class Killed(Trainer):
+    def run_step(self):
+        rank, iteration, signum = (int(x) for x in os.environ["TINY_KILL"].split(":"))
+        if (comm.get_rank(), self.iter) == (rank, iteration):
+            if signum == 0:
+                raise ZeroDivisionError("a defect")
+            os.kill(os.getpid(), signum)
+        super().run_step()
+
+
+if "TINY_KILL" in os.environ:
+    train_net.Trainer = Killed
+
+if __name__ == "__main__":
+    run_tool(train_net.check_and_launch, parse_arguments(argument_parser()))

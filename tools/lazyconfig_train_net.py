@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""
+Train or evaluate from a LazyConfig file: Detectron2's tools/lazyconfig_train_net.py for models that may be a Distiller.
+
+    tools/lazyconfig_train_net.py --config-file configs/lazy/fcos_R_50_from_R_101_nst_1x.py
+"""
+
+import os
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_argument_parser, default_setup, default_writers, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig, ListConfig
+
+from kd_det import Distiller
+from kd_det.checkpoint import SafeCheckpointer
+from kd_det.engine import launch, run_tool
+from kd_det.engine.step import TrainStep
+
+
+def plain_student(model: DictConfig) -> DictConfig:
+    return model.student if model._target_ in (Distiller, "kd_det.distiller.Distiller") else model
+
+
+def do_test(cfg, model):
+    if "evaluator" not in cfg.dataloader:
+        return None
+    evaluator = cfg.dataloader.evaluator
+    evaluator = [instantiate(e) for e in evaluator] if isinstance(evaluator, ListConfig) else instantiate(evaluator)
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
+    print_csv_format(results)
+    return results
+
+
+def do_train(cfg, *, resume: bool):
+    model = instantiate(cfg.model).to(cfg.train.device)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    if comm.get_world_size() > 1:
+        on_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+        model = create_ddp_model(model, **cfg.train.ddp, **on_cpu)
+    trainer = TrainStep(
+        model,
+        instantiate(cfg.dataloader.train),
+        optimizer,
+        amp=cfg.train.amp.enabled,
+        dump_dir=os.path.join(cfg.train.output_dir, "non_finite"),
+    )
+    checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    main_only = []
+    if comm.is_main_process():
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        main_only = [
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period),
+        ]
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            *main_only[:1],
+            hooks.EvalHook(cfg.train.eval_period, lambda: do_test(cfg, model)),
+            *main_only[1:],
+        ]
+    )
+    resumes = resume and checkpointer.has_checkpoint()
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    trainer.train(trainer.iter + 1 if resumes else 0, cfg.train.max_iter)
+
+
+def main(args):
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    default_setup(cfg, args)
+    if not args.eval_only:
+        return do_train(cfg, resume=args.resume)
+    model = instantiate(plain_student(cfg.model)).to(cfg.train.device)
+    SafeCheckpointer(model).load(cfg.train.init_checkpoint)
+    return do_test(cfg, model)
+
+
+if __name__ == "__main__":
+    run_tool(lambda: launch(main, default_argument_parser().parse_args()))

@@ -1,0 +1,224 @@
+#!/usr/bin/env python
+"""
+Distillation from nothing, on the CPU, in minutes: make a data set, train a teacher, a student alone and the same
+student with NST and soft targets from the teacher, and compare them. What is already there is reused.
+
+    tools/quickstart.py [--seeds 0 1 2] [--output output/quickstart]
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import cv2
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+
+from kd_det import student_cfg
+from kd_det.data import register_digits
+from kd_det.engine import argument_parser, load_config, parse_arguments, plain_student_cfg, run_tool
+from kd_det.engine.cli import UserError
+from kd_det.visualization import (
+    comparison_table,
+    detection_grid,
+    draw_detections,
+    draw_ground_truth,
+    read_metrics,
+    seeds_table,
+)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIGS = os.path.join(ROOT, "configs", "Quickstart")
+TEACHER, STUDENT = (os.path.join(CONFIGS, f"{name}.yaml") for name in ("teacher_R_50_FPN", "student_R_18_FPN"))
+# Small enough for a CPU: a digit is 10 to 40 pixels high.
+DATASET = ("--num-train", "2500", "--num-val", "300", "--size", "96", "--num-crops", "0", "--num-val-crops", "0")
+PICTURED_IMAGES = 6
+COMPARED_IMAGES = 50
+
+
+@dataclass
+class Run:
+    """One training: the arguments of tools/train_net.py, and the files that it is made from."""
+
+    name: str
+    output_dir: str
+    arguments: list[str]
+    inputs: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> list[str]:
+        return ["tools/train_net.py", *self.arguments, "OUTPUT_DIR", self.output_dir]
+
+    @property
+    def weights(self) -> str:
+        return os.path.join(self.output_dir, "model_final.pth")
+
+    def cfg(self):
+        return load_config(parse_arguments(argument_parser(), self.command[1:]))
+
+    def state(self) -> str:
+        """
+        "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config that was evaluated after
+        its last step, whose checkpoint is younger than what it was made from.
+        """
+        if not self._has_this_config():
+            return "new"
+        if not os.path.isfile(self.weights):
+            return "interrupted" if os.path.isfile(os.path.join(self.output_dir, "last_checkpoint")) else "new"
+        if any(os.path.getmtime(path) > os.path.getmtime(self.weights) for path in self.inputs):
+            return "new"
+        return "finished" if read_metrics(self.output_dir) else "interrupted"
+
+    def _has_this_config(self) -> bool:
+        try:
+            with open(os.path.join(self.output_dir, "config.yaml")) as f:
+                return yaml.safe_load(f) == yaml.safe_load(self.cfg().dump())
+        except (FileNotFoundError, yaml.YAMLError):
+            return False
+
+
+def main(args):
+    start = time.perf_counter()
+    dataset = os.path.join(args.output, "datasets", "digits")
+    os.environ["DETECTRON2_DATASETS"] = os.path.dirname(dataset)  # for the commands below
+    print(f"export DETECTRON2_DATASETS={shlex.quote(os.path.dirname(dataset))}", flush=True)
+    run_command(["tools/make_offline_dataset.py", "--output", dataset, *DATASET])
+    register_digits(dataset, prefix="quickstart")
+
+    teacher, pairs = plan(args, dataset)
+    for run in [teacher, *(run for pair in pairs.values() for run in pair)]:
+        train(run)
+
+    compared = [teacher, *pairs[args.seeds[0]]]
+    table = comparison_table([(run.name, parameters(run), read_metrics(run.output_dir)) for run in compared])
+    if len(pairs) > 1:
+        ap = {seed: tuple(read_metrics(run.output_dir)["bbox/AP"] for run in pair) for seed, pair in pairs.items()}
+        table += "\n\n" + seeds_table(("alone", "distilled"), ap)
+    table_file, picture = os.path.join(args.output, "table.md"), os.path.join(args.output, "detections.png")
+    with open(table_file, "w") as f:
+        f.write(table + "\n")
+    draw_picture(picture, compared)
+    agreement = check_plain(args.output, compared[-1])
+    print(f"\n{table}\n\ntable       {table_file}\npicture     {picture}\ncheckpoint  {compared[-1].weights}")
+    print(f"{agreement}\n{time.perf_counter() - start:.0f} s in all")
+
+
+def plan(args, dataset: str) -> tuple[Run, dict[int, tuple[Run, Run]]]:
+    """The teacher's run, and by seed the student's without and with the teacher."""
+    data = os.path.join(dataset, "dataset.json")
+
+    def run(name, config_file, folder, seed, *arguments, inputs=()):
+        arguments = ["--config-file", config_file, *arguments, "SEED", str(seed), *args.opts]
+        return Run(name, os.path.join(args.output, folder), arguments, [data, *inputs])
+
+    teacher = run("teacher R-50-FPN", TEACHER, "teacher", 0)
+    from_teacher = ["--teacher", TEACHER, "--teacher-weights", teacher.weights]
+    pairs = {}
+    for seed in args.seeds:
+        alone = run("student R-18-FPN alone", STUDENT, f"alone_seed{seed}", seed)
+        distilled = run(
+            "student R-18-FPN, NST + soft targets",
+            STUDENT,
+            f"distilled_seed{seed}",
+            seed,
+            *from_teacher,
+            inputs=[teacher.weights],
+        )
+        pairs[seed] = (alone, distilled)
+    return teacher, pairs
+
+
+def train(run: Run) -> None:
+    state = run.state()
+    if state == "finished":
+        print(f"{run.name}: {run.weights} is there, reused", flush=True)
+        return
+    if state == "new":
+        shutil.rmtree(run.output_dir, ignore_errors=True)
+        run_command(run.command)
+    else:
+        print(f"{run.name}: interrupted in {run.output_dir}, resumed", flush=True)
+        script, *arguments = run.command
+        run_command([script, "--resume", *arguments])
+
+
+def run_command(command: list[str]) -> None:
+    """
+    Print and run a Python script of this repository.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    status = subprocess.run([sys.executable, "-W", "ignore", os.path.join(ROOT, command[0]), *command[1:]]).returncode
+    if status:
+        raise UserError(f"{command[0]} ended with exit status {status}; run this again to go on from here")
+
+
+def parameters(run: Run) -> int:
+    """Of the network that is deployed: without teacher and connectors."""
+    return sum(parameter.numel() for parameter in build_model(plain_student_cfg(run.cfg())).parameters())
+
+
+def predictor(run: Run) -> DefaultPredictor:
+    cfg = run.cfg().clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = run.weights
+    return DefaultPredictor(cfg)
+
+
+def draw_picture(path: str, runs: list[Run]) -> None:
+    """Ground truth and detections on the first images of val."""
+    metadata = MetadataCatalog.get("quickstart_coco_val")
+    predictors = [predictor(run) for run in runs]
+    rows = []
+    for record in DatasetCatalog.get("quickstart_coco_val")[:PICTURED_IMAGES]:
+        image = cv2.imread(record["file_name"])
+        detections = [draw_detections(image, p(image)["instances"], metadata) for p in predictors]
+        rows.append([draw_ground_truth(image, record, metadata), *detections])
+    cv2.imwrite(path, detection_grid(["ground truth", *(run.name for run in runs)], rows))
+
+
+def check_plain(output: str, run: Run) -> str:
+    """
+    Load the distilled checkpoint where kd_det is not imported, and compare detections with the Distiller's.
+
+    Raises:
+        UserError: it does not load strictly, or the detections differ.
+    """
+    config_file, found_file = os.path.join(output, "plain_student.yaml"), os.path.join(output, "plain_detections.pth")
+    with open(config_file, "w") as f:
+        f.write(student_cfg(run.cfg()).dump())
+    images = [r["file_name"] for r in DatasetCatalog.get("quickstart_coco_val")[:COMPARED_IMAGES]]
+    arguments = ["--config-file", config_file, "--weights", run.weights, "--output", found_file]
+    run_command(["tools/plain_detections.py", *arguments, *images])
+    distiller, detections = predictor(run), 0
+    for path, (boxes, scores, classes) in zip(images, torch.load(found_file)):
+        instances = distiller(cv2.imread(path))["instances"].to("cpu")
+        detections += len(instances)
+        same = len(boxes) == len(instances) and torch.equal(classes, instances.pred_classes)
+        # Bit for bit on the CPU; a GPU may sum in another order.
+        same = same and torch.allclose(boxes, instances.pred_boxes.tensor, atol=1e-2)
+        if not (same and torch.allclose(scores, instances.scores, atol=1e-4)):
+            raise UserError(f"plain Detectron2 and the Distiller disagree on {path}")
+    return f"without kd_det  loads strictly, and gives the same {detections} detections on {len(images)} val images"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="output/quickstart", help="folder of everything, default %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students, default 0")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every training")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main, get_parser().parse_args())
