@@ -1,5 +1,6 @@
 """The teacher: built from its own config, checked to the last weight, frozen, and run only as deep as it is read."""
 
+import copy
 import logging
 import os
 from typing import Dict, List, Sequence, Tuple
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     """
     The teacher's own config: ``KD.TEACHER.CONFIG_FILE`` (a file, a model-zoo name, or the name of a network of
-    torchvision or timm), its weights, its options, on the student's device.
+    torchvision or timm), its weights, its options, on the student's device. Keys that neither Detectron2 nor kd_det
+    has (a project's own) start from the student's values.
 
     Raises:
         ValueError: no config, an unknown file or zoo name (says the nearest), or no weights.
@@ -42,6 +44,7 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
         )
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
+    _add_missing_keys(teacher_cfg, cfg)
     weights = cfg.KD.TEACHER.WEIGHTS
     if name.partition("://")[0] in NETWORK_SOURCES:
         teaches_classifier = cfg.KD.STUDENT.META_ARCHITECTURE == ImageClassifier.__name__
@@ -98,6 +101,14 @@ def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
     if teacher_cfg.MODEL.META_ARCHITECTURE not in registered:
         raise ValueError(unknown_name("teacher meta-architecture", teacher_cfg.MODEL.META_ARCHITECTURE, registered))
     return registered[teacher_cfg.MODEL.META_ARCHITECTURE](teacher_cfg)
+
+
+def _add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
+    for key, value in other.items():
+        if key not in cfg:
+            cfg[key] = copy.deepcopy(value)
+        elif isinstance(value, CfgNode) and isinstance(cfg[key], CfgNode):
+            _add_missing_keys(cfg[key], value)
 
 
 def _zoo_config_file(name: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
 
 from kd_det.engine import Trainer
 from tests.tiny import NUM_CLASSES, distillation_cfg
@@ -64,7 +65,7 @@ def train(cfg: CfgNode, *, resume: bool = False, trainer_class=Trainer) -> Train
     from detectron2.utils.env import seed_all_rng
 
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()

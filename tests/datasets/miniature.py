@@ -26,7 +26,7 @@ def write_image(path: Path, size, objects, seed: int):
 
 
 def write_coco(root: Path) -> Path:
-    """``coco_2017_train`` and ``_val`` (four images each), with masks, and ``keypoints_coco_2017_*``, under ``root``."""
+    """``coco_2017_train`` and ``_val`` with masks, and ``keypoints_coco_2017_*``, four images each."""
     ids = {category["name"]: category["id"] for category in COCO_CATEGORIES}
     things = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
     person = {"id": 1, "name": "person", "keypoints": list(COCO_PERSON_KEYPOINT_NAMES), "skeleton": []}
