@@ -244,6 +244,8 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
     problems += _describe("unexpected", unexpected)
     shapes = [f"{key} is {tuple(have)}, expected {tuple(want)}" for key, have, want in found.incorrect_shapes]
     problems += _describe("misshapen", shapes)
+    not_finite = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    problems += _describe("not finite", not_finite)
     for key, trained_with in checkpointer.normalisation.items():
         trained_with = torch.as_tensor(trained_with).flatten().float()
         configured = getattr(model, key).flatten().float().cpu()

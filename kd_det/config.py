@@ -120,6 +120,34 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
 
+    # PKD (arXiv 2207.02039): channels standardised over images and positions.
+    node = add_loss_config(cfg, "PKD", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
+    node.CONNECTOR_NORM = ""
+
+    # CWD, channel-wise distillation (arXiv 2011.13256).
+    node = add_loss_config(cfg, "CWD", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    # T: each channel's softmax over positions is taken at features / T.
+    node.TEMPERATURE = 1.0
+    # As KD.PKD.CONNECTOR_NORM.
+    node.CONNECTOR_NORM = ""
+
+    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions.
+    node = add_loss_config(cfg, "DKD", weight=1.0)
+    # alpha and beta of Eq. 7, weights of the label's part and of the other classes'.
+    node.ALPHA = 1.0
+    node.BETA = 8.0
+    # T of the softmaxes.
+    node.TEMPERATURE = 4.0
+
+    # DIST (arXiv 2205.10536): correlation of predictions within and across samples.
+    node = add_loss_config(cfg, "DIST", weight=1.0)
+    # beta and gamma of Eq. 10, weights of the correlation over classes and over samples.
+    node.BETA = 1.0
+    node.GAMMA = 1.0
+    # T of the softmaxes.
+    node.TEMPERATURE = 1.0
+
     # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2. Taps are read two by two,
     # each pair is one flow.
     node = add_loss_config(cfg, "FSP", weight=0.001, taps=("res2", "res3", "res3", "res4", "res4", "res5"))

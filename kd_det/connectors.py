@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
-__all__ = ["build_connectors"]
+__all__ = ["build_connectors", "connect_where_different"]
 
 
 def build_connectors(
@@ -30,3 +30,12 @@ def build_connectors(
             nn.init.zeros_(connector.bias)
         connectors.append(connector)
     return connectors
+
+
+def connect_where_different(
+    student_channels: Sequence[int], teacher_channels: Sequence[int], *, norm: str = ""
+) -> nn.ModuleList:
+    """As :func:`build_connectors`, but a pair of equal channels is compared as it is."""
+    connectors = build_connectors(student_channels, teacher_channels, norm=norm)
+    pairs = zip(connectors, student_channels, teacher_channels)
+    return nn.ModuleList(nn.Identity() if cs == ct else connector for connector, cs, ct in pairs)

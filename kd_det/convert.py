@@ -1,12 +1,12 @@
 """
 Classification weights as Detectron2's backbones want them.
 
-torchvision and timm name a ResNet ``layer1.0.conv1``, ``bn1``, ``fc``; Detectron2 ``res2.0.conv1``, ``norm``. A backbone
-file is Detectron2's own format: ``{"model": {name: array}, "__author__", "matching_heuristics": True}``, as its
-``tools/convert-torchvision-to-d2.py`` writes it. Names are the bottom-up network's own (``res2.0.conv1.weight``) and are
-matched by their ending, so one file serves ``backbone.bottom_up.`` of a feature pyramid, ``backbone.`` and
-``roi_heads.res5`` of a C4 detector, and a classifier; exact names would serve one of them. Batch-norm statistics are
-there, so the file fits plain and frozen batch norms. The head is not.
+torchvision and timm name a ResNet's weights ``layer1.0.conv1``, ``bn1``, ``fc``; Detectron2 ``res2.0.conv1``,
+``conv1.norm``. A backbone file is Detectron2's own format: ``{"model": {name: array}, "__author__",
+"matching_heuristics": True}``, as its ``tools/convert-torchvision-to-d2.py`` writes it. Names are the bottom-up
+network's own (``res2.0.conv1.weight``) and are matched by their ending, so one file serves ``backbone.bottom_up.`` of
+a feature pyramid, ``backbone.`` and ``roi_heads.res5`` of a C4 detector, and a classifier; exact names would serve one
+of them. Batch-norm statistics are there, so the file fits plain and frozen batch norms. The head is not.
 
 Two things no name shows: the ``metadata`` says which images the weights want (channel order, mean, std in 0..255; both
 libraries: RGB, while Detectron2's default is BGR with a std of 1), and where the stride is
@@ -219,7 +219,11 @@ def check_normalisation(checkpoint: Mapping, cfg: CfgNode) -> None:
     wanted = checkpoint.get("metadata") or {}
     configured = backbone_metadata(cfg)
     problems: List[str] = []
-    for name, key in (("input_format", "INPUT.FORMAT"), ("pixel_mean", "MODEL.PIXEL_MEAN"), ("pixel_std", "MODEL.PIXEL_STD")):
+    for name, key in (
+        ("input_format", "INPUT.FORMAT"),
+        ("pixel_mean", "MODEL.PIXEL_MEAN"),
+        ("pixel_std", "MODEL.PIXEL_STD"),
+    ):
         if name in wanted and not _same(wanted[name], configured[name]):
             problems.append(f"{key} must be {wanted[name]}, found {configured[name]}")
     if problems:

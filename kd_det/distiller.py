@@ -288,13 +288,15 @@ def build_student(cfg: CfgNode) -> nn.Module:
 
 
 def student_cfg(cfg: CfgNode) -> CfgNode:
-    """The config of the plain student: the same, with its own meta-architecture and no KD node."""
+    """The config of the plain student: the same, with its own meta-architecture and no keys of kd_det's."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT.META_ARCHITECTURE
     del cfg["KD"]
     if not cfg.MODEL.META_ARCHITECTURE.endswith("Classifier"):
         del cfg["CLASSIFICATION"]
+    if not cfg.MODEL.TIMM.NAME:
+        del cfg.MODEL["TIMM"]
     cfg.freeze()
     return cfg
 
@@ -326,9 +328,9 @@ def _check_task_losses(loss: DistillationLoss, **networks: nn.Module) -> None:
     for side, network in networks.items():
         if not hasattr(network, "task_losses"):
             raise ValueError(
-                f"{type(loss).__name__} differentiates the task loss twice, down to the pixels, with the same labels for "
-                f"both networks: it works for ImageClassifier, and the {side} is {type(network).__name__} (ROIAlign has "
-                f"no second derivative). Distil attention in a detector by AttentionTransferLoss."
+                f"{type(loss).__name__} differentiates the task loss twice, down to the pixels, with the same labels "
+                f"for both networks: it works for ImageClassifier, and the {side} is {type(network).__name__} "
+                f"(ROIAlign has no second derivative). Distil attention in a detector by AttentionTransferLoss."
             )
 
 

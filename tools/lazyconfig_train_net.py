@@ -12,6 +12,7 @@ from detectron2.engine import default_argument_parser, default_setup, default_wr
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig
 
 from kd_det import Distiller
@@ -73,6 +74,7 @@ def do_train(cfg, *, resume: bool):
 def main(args):
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
     if not args.eval_only:
         return do_train(cfg, resume=args.resume)
     model = instantiate(plain_student(cfg.model)).to(cfg.train.device)

@@ -67,7 +67,9 @@ class ImageClassifier(nn.Module):
         if input_size:
             # Inside the backbone's call: to whoever runs the backbone alone, its maps cover the images it was given.
             self.backbone.register_forward_pre_hook(
-                lambda _, args: (F.interpolate(args[0], size=(input_size, input_size), mode="bilinear", antialias=True),)
+                lambda _, args: (
+                    F.interpolate(args[0], size=(input_size, input_size), mode="bilinear", antialias=True),
+                )
             )
 
     def _build_linear(self) -> nn.Module:
@@ -169,6 +171,8 @@ class ImageClassifier(nn.Module):
         for key in [name for name in renamed.values() if name in own]:
             found, expected = tuple(state_dict[prefix + key].shape), tuple(own[key].shape)
             if found != expected:
-                hint = f" The weights classify {found[0]} classes, not {expected[0]}." if key.startswith("linear.") else ""
+                hint = (
+                    f" The weights classify {found[0]} classes, not {expected[0]}." if key.startswith("linear.") else ""
+                )
                 raise ValueError(f"Weights that do not fit: {key} is {found}, expected {expected}.{hint}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

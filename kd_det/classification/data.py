@@ -79,7 +79,9 @@ def load_dataset(names: Sequence[str]) -> List[Dict]:
         if name not in DatasetCatalog:
             raise DatasetError(unknown_name("data set", name, DatasetCatalog.list()))
         if MetadataCatalog.get(name).get("evaluator_type") != "classification":
-            known = [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("evaluator_type") == "classification"]
+            known = [
+                n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("evaluator_type") == "classification"
+            ]
             raise DatasetError(f"data set {name!r} is not for classification; those are: {', '.join(known)}")
         dicts += DatasetCatalog.get(name)
         classes = [MetadataCatalog.get(n).classes for n in (names[0], name)]

@@ -95,7 +95,7 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[ClassificationMapper] = No
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Every image of a data set once, over all processes. With persistent workers, one loader serves all evaluations."""
+    """Every image of a data set once, over all processes; with persistent workers, one loader for all evaluations."""
     if not (cfg.DATALOADER.NUM_WORKERS and cfg.CLASSIFICATION.PERSISTENT_WORKERS):
         return _test_loader(cfg, dataset_name)
     key = (dataset_name, cfg.dump())

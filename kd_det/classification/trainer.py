@@ -1,4 +1,4 @@
-"""The trainer of the pretraining stage: kd_det's, with images of classes, an average of the weights, a backbone file."""
+"""The trainer of the pretraining stage: kd_det's, with classes, an average of the weights and a backbone file."""
 
 import contextlib
 import logging

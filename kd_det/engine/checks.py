@@ -1,18 +1,27 @@
 """What is wrong with a run, found before anything is written and before any image is trained on."""
 
 import argparse
+import contextlib
 import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import build as detectron2_build
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.solver import build_lr_scheduler
+from PIL import Image
+from torch import nn
 
-from kd_det.checkpoint import find_weights
+from kd_det.checkpoint import SafeCheckpointer, find_weights
 from kd_det.classification import check_classes
+from kd_det.convert import check_normalisation
 from kd_det.data import check_dataset
 from kd_det.engine.arguments import plain_student_cfg
 from kd_det.engine.cli import UserError
+from kd_det.engine.step import NON_FINITE
 from kd_det.engine.trainer import EVALUATORS
 from kd_det.errors import unknown_name
 from kd_det.random_state import preserved_random_state
@@ -44,13 +53,18 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE.startswith("cuda") and args.num_gpus > gpus:
         raise UserError(f"--num-gpus {args.num_gpus}, and this machine has {gpus}")
-    _check_model(cfg)
+    model = _check_model(cfg)
+    if not cfg.MODEL.DEVICE.startswith("cuda") and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise UserError("the norm 'SyncBN' runs on GPUs only; on the CPU take 'naiveSyncBN'")
     if cfg.MODEL.WEIGHTS:
-        find_weights(cfg.MODEL.WEIGHTS, who="student (MODEL.WEIGHTS)")
+        weights = find_weights(cfg.MODEL.WEIGHTS, who="student (MODEL.WEIGHTS)")
+        if weights.endswith(".pkl"):
+            check_normalisation(SafeCheckpointer(torch.nn.Identity(), save_to_disk=False)._load_file(weights), cfg)
     training_sets = [] if args.eval_only else list(cfg.DATASETS.TRAIN)
     if plain_student_cfg(cfg).MODEL.META_ARCHITECTURE.endswith("Classifier"):
         check_classes(cfg, training_sets + list(cfg.DATASETS.TEST))
         return
+    _check_input(cfg, is_train=not args.eval_only)
     for name in dict.fromkeys(training_sets + list(cfg.DATASETS.TEST)):
         summary = check_dataset(name)
         _check_classes(cfg, name, summary.thing_classes)
@@ -99,21 +113,51 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
         )
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise UserError(f"DATALOADER.NUM_WORKERS must not be negative, found {cfg.DATALOADER.NUM_WORKERS}")
+    if cfg.SEED >= 2**31:
+        raise UserError(f"SEED must be less than 2^31 (negative: none), found {cfg.SEED}")
+    if cfg.get("KD", {}).get("NON_FINITE", "stop") not in NON_FINITE:
+        raise UserError(f"KD.NON_FINITE must be one of {', '.join(NON_FINITE)}, found {cfg.KD.NON_FINITE!r}")
+    with _naming("the solver (SOLVER.*)", ValueError):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+        build_lr_scheduler(cfg, optimizer)
 
 
-def _check_model(cfg: CfgNode) -> None:
+def _check_model(cfg: CfgNode) -> nn.Module:
     registered = [name for name, _ in META_ARCH_REGISTRY]
     if cfg.MODEL.META_ARCHITECTURE not in registered:
         raise UserError(unknown_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, registered))
+    if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD) or not len(cfg.MODEL.PIXEL_MEAN):
+        raise UserError(
+            f"MODEL.PIXEL_MEAN and PIXEL_STD need a number a channel, found {list(cfg.MODEL.PIXEL_MEAN)} and "
+            f"{list(cfg.MODEL.PIXEL_STD)}"
+        )
+    if not all(std > 0 for std in cfg.MODEL.PIXEL_STD):
+        raise UserError(f"MODEL.PIXEL_STD must be positive, found {list(cfg.MODEL.PIXEL_STD)}")
     on_cpu = cfg.clone()
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
-    with preserved_random_state():
-        try:
-            build_model(on_cpu)
-        except (KeyError, AssertionError, AttributeError, TypeError, RuntimeError, IndexError) as e:
-            # Detectron2's builders raise all of these for a name or a number in the config that cannot be.
-            raise UserError(f"the model of this config cannot be built: {type(e).__name__}: {e}") from e
+    with preserved_random_state(), _naming("the model of this config"):
+        return build_model(on_cpu)
+
+
+def _check_input(cfg: CfgNode, *, is_train: bool) -> None:
+    """Runs what the config does to an image, on a blank one."""
+    with preserved_random_state(), _naming("the input (INPUT.*)", ValueError):
+        image = convert_PIL_to_numpy(Image.new("RGB", (64, 48)), cfg.INPUT.FORMAT)
+        for augmentation in DatasetMapper.from_config(cfg, is_train)["augmentations"]:
+            augmentation(T.AugInput(image.astype("uint8")))
+    if is_train:
+        with preserved_random_state(), _naming("the train loader (DATALOADER.*)", ValueError):
+            detectron2_build._train_loader_from_config(cfg, mapper=lambda x: x, dataset=[{"annotations": []}])
+
+
+@contextlib.contextmanager
+def _naming(what: str, *errors: type[Exception]):
+    """Detectron2's builders raise all of these for a name or a number that cannot be; says where to look for it."""
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError, *errors) as e:
+        raise UserError(f"{what} cannot be built: {type(e).__name__}: {e}") from e
 
 
 def _check_classes(cfg: CfgNode, name: str, classes) -> None:

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import multiprocessing as torch_multiprocessing
 
 from kd_det.engine.cli import run_tool
+from kd_det.engine.stopping import RESUMABLE
 
 __all__ = ["launch"]
 
@@ -33,18 +34,18 @@ def launch(main: Callable, args) -> None:
     """
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _join_torchrun()
-        run_tool(main, args)
+        _run(main, args)
         if dist.is_initialized():
             dist.destroy_process_group()
         return
     if args.num_gpus * args.num_machines == 1:
-        run_tool(main, args)
+        _run(main, args)
         return
     where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     _pass_signals_on()
     try:
         if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
-            detectron2_launch(run_tool, *where, args=(main, args))
+            detectron2_launch(_run, *where, args=(main, args))
         else:  # v0.6 insists on CUDA
             torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
     except torch_multiprocessing.ProcessExitedException as e:
@@ -56,6 +57,12 @@ def launch(main: Callable, args) -> None:
         sys.exit(1)
 
 
+def _run(main: Callable, args):
+    # Until training begins and answers signals itself there is nothing to save: the run can be started again.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUMABLE))
+    run_tool(main, args)
+
+
 def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, dist_url, args):
     dist.init_process_group(
         "gloo",
@@ -65,7 +72,7 @@ def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, di
     )
     _create_local_process_group(num_processes)
     comm.synchronize()
-    run_tool(main, args)
+    _run(main, args)
 
 
 def _join_torchrun():

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kd_det.data import CheckedMapper, DatasetError
+from kd_det.errors import one_line
 from kd_det.random_state import preserved_random_state, seed_everything
 
 __all__ = ["ResumableLoader", "build_train_loader"]
@@ -161,7 +162,13 @@ class _SeededImages(Dataset):
     def _load(self, place: int, index: int) -> dict:
         seed_everything(self.seed, place)
         for _ in range(100):
-            image = self.mapper(self.dataset[index])
+            record = self.dataset[index]
+            try:
+                image = self.mapper(record)
+            except DatasetError:
+                raise
+            except ValueError as e:
+                raise DatasetError(f"image {record.get('file_name')} cannot be prepared: {one_line(e)}") from e
             if image is not None:
                 return image
             index = random.randrange(len(self.dataset))  # a mapper's None means: take another, as in Detectron2

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 import weakref
 
 from detectron2.config import CfgNode
@@ -204,4 +205,6 @@ def _distributed(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch has another name for it
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

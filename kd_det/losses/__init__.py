@@ -8,11 +8,15 @@ from kd_det.losses.attention_transfer import (
 )
 from kd_det.losses.bounded_regression import BoundedRegressionLoss, bounded_regression_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, build_losses, loss_class
+from kd_det.losses.cwd import CWDLoss, cwd_loss
+from kd_det.losses.dist import DISTLoss, dist_loss
+from kd_det.losses.dkd import DKDLoss, dkd_loss
 from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
 from kd_det.losses.gradient_attention import GradientAttentionLoss
 from kd_det.losses.hint import HintLoss, hint_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
 from kd_det.losses.overhaul import OverhaulLoss, margin_from_norm, margin_relu, overhaul_loss, partial_l2_loss
+from kd_det.losses.pkd import PKDLoss, pkd_loss
 from kd_det.losses.similarity import SimilarityLoss, similarity_preserving_loss
 from kd_det.losses.soft_target import SoftTargetLoss, soft_target_loss
 
@@ -20,18 +24,25 @@ __all__ = [
     "DISTILLATION_LOSS_REGISTRY",
     "AttentionTransferLoss",
     "BoundedRegressionLoss",
+    "CWDLoss",
+    "DISTLoss",
+    "DKDLoss",
     "DistillationLoss",
     "FSPLoss",
     "GradientAttentionLoss",
     "HintLoss",
     "NSTLoss",
     "OverhaulLoss",
+    "PKDLoss",
     "SimilarityLoss",
     "SoftTargetLoss",
     "attention_map",
     "attention_transfer_loss",
     "bounded_regression_loss",
     "build_losses",
+    "cwd_loss",
+    "dist_loss",
+    "dkd_loss",
     "fsp_loss",
     "fsp_matrix",
     "gradient_attention_loss",
@@ -42,6 +53,7 @@ __all__ = [
     "nst_loss",
     "overhaul_loss",
     "partial_l2_loss",
+    "pkd_loss",
     "similarity_preserving_loss",
     "soft_target_loss",
 ]

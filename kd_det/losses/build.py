@@ -64,16 +64,21 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.student_taps = tuple(student_taps)
         self.teacher_taps = tuple(teacher_taps or student_taps)
+        if not all(isinstance(tap, str) for tap in self.student_taps + self.teacher_taps):
+            raise ValueError(
+                f"{type(self).__name__}: taps are names of places, found {self.student_taps} and {self.teacher_taps}."
+            )
         if len(self.student_taps) != len(self.teacher_taps):
             raise ValueError(
                 f"{type(self).__name__}: {len(self.student_taps)} student taps {self.student_taps} are paired with "
                 f"{len(self.teacher_taps)} teacher taps {self.teacher_taps}; the numbers must be equal."
             )
-        if not 0 <= weight < float("inf"):
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"{type(self).__name__}: weight must be a finite number >= 0, found {weight}.")
-        if warmup_iters < 0 or stop_iter < -1:
+        whole = isinstance(warmup_iters, int) and isinstance(stop_iter, int)
+        if not whole or warmup_iters < 0 or stop_iter < -1:
             raise ValueError(
-                f"{type(self).__name__}: warm-up must be >= 0 and stop >= -1 (never) iterations, "
+                f"{type(self).__name__}: warm-up must be >= 0 and stop >= -1 (never) whole iterations, "
                 f"found {warmup_iters} and {stop_iter}."
             )
         self.weight = weight

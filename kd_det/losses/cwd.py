@@ -1,13 +1,17 @@
 """CWD, channel-wise knowledge distillation for dense prediction: arXiv 2011.13256."""
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch.nn.functional as F
+from detectron2.config import configurable
 from torch import Tensor
 
+from kd_det.connectors import connect_where_different
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss, tap_channels
 
-__all__ = ["cwd_loss"]
+__all__ = ["CWDLoss", "cwd_loss"]
 
 
 @full_precision
@@ -45,3 +49,46 @@ def _log_softmax(x: Tensor, invalid: Optional[Tensor]) -> Tensor:
         # The lowest number rather than -inf, whose differences are NaN.
         x = x.masked_fill(invalid, -1e30)
     return F.log_softmax(x.flatten(2), dim=2)
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class CWDLoss(DistillationLoss):
+    """:func:`cwd_loss` summed over the pairs of taps, behind a connector where the channels differ."""
+
+    name = "cwd"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        temperature: float = 1.0,
+        connector_norm: str = "",
+        **kwargs,
+    ):
+        """
+        Args:
+            student_channels, teacher_channels: one number a tap.
+            temperature: T of :func:`cwd_loss`.
+            connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        self.connectors = connect_where_different(student_channels, teacher_channels, norm=connector_norm)
+        cwd_loss(NO_IMAGES, NO_IMAGES, temperature=temperature)  # checks the option
+        self.temperature = temperature
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        node = cfg.KD.CWD
+        options = {"temperature": node.TEMPERATURE, "connector_norm": node.CONNECTOR_NORM}
+        return {**ret, **tap_channels(ret, student, teacher), **options}
+
+    def forward(self, student, teacher, regions):
+        pairs = self.pairs(student, teacher, regions)
+        return sum(
+            cwd_loss(connector(s), t, temperature=self.temperature, valid=valid)
+            for connector, (s, t, valid) in zip(self.connectors, pairs)
+        )

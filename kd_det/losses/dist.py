@@ -2,11 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import configurable
 from torch import Tensor
 
 from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.logits import LogitLoss
 
-__all__ = ["dist_loss"]
+__all__ = ["DISTLoss", "dist_loss"]
 
 
 @full_precision
@@ -62,3 +65,32 @@ def _centred_unit(rows: Tensor) -> Tensor:
     noise = 4 * torch.finfo(rows.dtype).eps * rows.detach().abs().amax(1, keepdim=True)
     varies = centred.detach().abs().amax(1, keepdim=True) > noise
     return unit_rows(centred * varies)
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class DISTLoss(LogitLoss):
+    """:func:`dist_loss` on class logits (N, K), averaged over the stages of the box head or the taps."""
+
+    name = "dist"
+
+    @configurable
+    def __init__(self, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, **kwargs):
+        """
+        Args:
+            beta, gamma, temperature: see :func:`dist_loss`.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        self.options = {"beta": beta, "gamma": gamma, "temperature": temperature}
+        no_samples = torch.empty(0, 2)
+        dist_loss(no_samples, no_samples, **self.options)  # checks the options
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        node = cfg.KD.DIST
+        options = {"beta": node.BETA, "gamma": node.GAMMA, "temperature": node.TEMPERATURE}
+        return {**super().from_config(cfg, student, teacher), **options}
+
+    def forward(self, student, teacher, regions):
+        pairs = self.logit_pairs(student, teacher, regions)
+        return sum(dist_loss(s, t, **self.options) for s, t in pairs) / len(pairs)

@@ -2,11 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import configurable
 from torch import Tensor
 
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.logits import LogitLoss
 
-__all__ = ["dkd_loss"]
+__all__ = ["DKDLoss", "dkd_loss"]
 
 
 @full_precision
@@ -69,3 +72,43 @@ def _decouple(logits: Tensor, is_label: Tensor):
     # A single class leaves no other: probability 0, which costs nothing in both networks.
     log_rest = log_rest.clamp(min=-1e30)
     return torch.stack([log_p[is_label], log_rest], dim=1), F.log_softmax(others, dim=1)
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class DKDLoss(LogitLoss):
+    """
+    :func:`dkd_loss` on the logits of the regions that the student samples, labelled by its own matcher (background
+    is the last class), averaged over the stages of the box head. Reads no taps.
+    """
+
+    name = "dkd"
+
+    @configurable
+    def __init__(self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, **kwargs):
+        """
+        Args:
+            alpha, beta, temperature: see :func:`dkd_loss`.
+            kwargs: see :class:`DistillationLoss`, without taps.
+        """
+        super().__init__(**kwargs)
+        if self.student_taps:
+            raise ValueError(f"DKDLoss needs the labels of regions and reads no taps, found {self.student_taps}.")
+        self.options = {"alpha": alpha, "beta": beta, "temperature": temperature}
+        no_samples = torch.empty(0, 2)
+        dkd_loss(no_samples, no_samples, torch.empty(0, dtype=torch.int64), **self.options)  # checks the options
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        node = cfg.KD.DKD
+        options = {"alpha": node.ALPHA, "beta": node.BETA, "temperature": node.TEMPERATURE}
+        return {**super().from_config(cfg, student, teacher), **options}
+
+    def forward(self, student, teacher, regions):
+        pairs = self.logit_pairs(student, teacher, regions)
+        total = 0.0
+        for stage, (s, t) in enumerate(pairs):
+            targets = regions.region_targets(stage)
+            labels = torch.full((len(s),), s.shape[1] - 1, device=s.device)
+            labels[targets.index] = targets.classes
+            total = total + dkd_loss(s, t, labels, **self.options)
+        return total / len(pairs)

@@ -5,9 +5,9 @@ from typing import Optional
 
 import torch
 from detectron2.config import configurable
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd_det.connectors import build_connectors
+from kd_det.connectors import connect_where_different
 from kd_det.losses._spatial import full_precision, pool_to, to_float, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
 
@@ -106,9 +106,7 @@ class FSPLoss(DistillationLoss):
                 f"FSPLoss: taps are read two by two, from one layer to another; found {len(self.student_taps)}: "
                 f"{', '.join(self.student_taps) or 'none'}."
             )
-        connectors = build_connectors(student_channels, teacher_channels, norm=connector_norm)
-        pairs = zip(connectors, student_channels, teacher_channels)
-        self.connectors = nn.ModuleList(nn.Identity() if cs == ct else c for c, cs, ct in pairs)
+        self.connectors = connect_where_different(student_channels, teacher_channels, norm=connector_norm)
 
     @classmethod
     def from_config(cls, cfg, student, teacher):

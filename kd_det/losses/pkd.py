@@ -1,13 +1,17 @@
 """PKD, general distillation framework for object detectors via Pearson correlation coefficient: arXiv 2207.02039."""
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
+from detectron2.config import configurable
 from torch import Tensor
 
+from kd_det.connectors import connect_where_different
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
 
-__all__ = ["pkd_loss"]
+__all__ = ["PKDLoss", "pkd_loss"]
 
 
 @full_precision
@@ -51,3 +55,33 @@ def _standardise(x: Tensor) -> Tensor:
     # Below the rounding of the mean, nothing is left but noise.
     varies = variance > (4 * torch.finfo(x.dtype).eps) ** 2
     return x * (varies * torch.where(varies, variance, 1).rsqrt())
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class PKDLoss(DistillationLoss):
+    """:func:`pkd_loss` summed over the pairs of taps, behind a connector where the channels differ."""
+
+    name = "pkd"
+
+    @configurable
+    def __init__(
+        self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], connector_norm: str = "", **kwargs
+    ):
+        """
+        Args:
+            student_channels, teacher_channels: one number a tap.
+            connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
+            kwargs: see :class:`DistillationLoss`.
+        """
+        super().__init__(**kwargs)
+        self.connectors = connect_where_different(student_channels, teacher_channels, norm=connector_norm)
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        node = cfg.KD.PKD
+        return {**ret, **tap_channels(ret, student, teacher), "connector_norm": node.CONNECTOR_NORM}
+
+    def forward(self, student, teacher, regions):
+        pairs = self.pairs(student, teacher, regions)
+        return sum(pkd_loss(c(s), t, valid=valid) for c, (s, t, valid) in zip(self.connectors, pairs))

@@ -5,9 +5,8 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
-from kd_det.regions import RegionHead
-from kd_det.taps import tap_shape
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.logits import LogitLoss
 
 __all__ = ["SoftTargetLoss", "soft_target_loss"]
 
@@ -45,11 +44,8 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class SoftTargetLoss(DistillationLoss):
-    """
-    :func:`soft_target_loss` on class logits: of the regions that the student samples, classified by both box heads,
-    or, where taps are given, of those taps (the ``linear`` of a classifier, the ``head.cls_score`` of a dense head).
-    """
+class SoftTargetLoss(LogitLoss):
+    """:func:`soft_target_loss` on class logits, averaged over the stages of the box head or the maps."""
 
     name = "soft_target"
 
@@ -64,35 +60,11 @@ class SoftTargetLoss(DistillationLoss):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"SoftTargetLoss: the temperature must be a positive number, found {temperature}.")
         self.temperature = temperature
-        self.needs_regions = not self.student_taps
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
-        if ret["student_taps"]:
-            pairs = zip(ret["student_taps"], ret["teacher_taps"] or ret["student_taps"])
-            counts = [
-                (tap_shape(student, s, side="student").channels, tap_shape(teacher, t, side="teacher").channels)
-                for s, t in pairs
-            ]
-        else:
-            counts = [
-                tuple(
-                    RegionHead(getattr(network, "roi_heads", None), side=side).num_classes
-                    for network, side in ((student, "student"), (teacher, "teacher"))
-                )
-            ]
-        for have, want in counts:
-            if have != want:
-                raise ValueError(
-                    f"Soft targets compare class by class: the student has {have} classes and the teacher {want}. "
-                    f"Make MODEL.ROI_HEADS.NUM_CLASSES equal, or drop SoftTargetLoss from KD.LOSSES."
-                )
-        return {**ret, "temperature": cfg.KD.SOFT_TARGET.TEMPERATURE}
+        return {**super().from_config(cfg, student, teacher), "temperature": cfg.KD.SOFT_TARGET.TEMPERATURE}
 
     def forward(self, student, teacher, regions):
-        if self.needs_regions:
-            pairs = [(s.logits, t.logits) for s, t in regions.region_pairs()]
-        else:
-            pairs = [(s, t) for s, t, _ in self.pairs(student, teacher, regions)]
+        pairs = self.logit_pairs(student, teacher, regions)
         return sum(soft_target_loss(s, t, temperature=self.temperature) for s, t in pairs) / len(pairs)

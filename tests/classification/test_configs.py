@@ -5,20 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from kd_det import add_kd_config
+from kd_det import add_kd_config, student_cfg
+from kd_det.convert import backbone_metadata, backbone_weights, check_normalisation, save_backbone
 from kd_det.losses import loss_class
 from tests.classification.tiny_classifier import images
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FILES = sorted(
-    path
-    for path in (CONFIGS / "Classification").rglob("*.yaml")
-    if not path.name.startswith("Base-")
-)
+FILES = sorted(path for path in (CONFIGS / "Classification").rglob("*.yaml") if not path.name.startswith("Base-"))
 IMAGENET = [path for path in FILES if "ImageNet" in path.parts]
 
 
@@ -51,8 +49,11 @@ def weights(tmp_path_factory):
 
 def test_every_student_has_every_method():
     methods = {"soft_targets", "at", "nst", "ofd", "sp", "nst_soft_targets"}
-    found = {folder.name: {path.stem for path in folder.glob("[!B]*.yaml")} for folder in CONFIGS.glob("Classification/ImageNet/*/")}
-    assert found == {name: methods for name in ("R_50-R_18", "R_50-R_34", "R_101-R_50", "R_50-MobileNetV2")}
+    found = {
+        folder.name: {path.stem for path in folder.glob("[!B]*.yaml")}
+        for folder in CONFIGS.glob("Classification/ImageNet/*/")
+    }
+    assert found == dict.fromkeys(("R_50-R_18", "R_50-R_34", "R_101-R_50", "R_50-MobileNetV2"), methods)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS / "Classification")))
@@ -70,6 +71,26 @@ def test_each_config_trains_a_step(path, weights, monkeypatch):
     names = {loss_class(name).name for name in cfg.KD.LOSSES}
     assert set(losses) == {"loss_cls"} | {f"loss_{name}" for name in names}
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_two_stages_join_up(tmp_path):
+    first = load(CONFIGS / "Quickstart" / "two_stage_1_backbone.yaml")
+    second = load(CONFIGS / "Quickstart" / "two_stage_2_detector.yaml")
+    assert second.MODEL.WEIGHTS == f"{first.OUTPUT_DIR}/backbone.pkl"
+    classifier, detector = (build_model(student_cfg(cfg)).eval() for cfg in (first, second))
+    path = str(tmp_path / "backbone.pkl")
+    save_backbone(path, backbone_weights(classifier), backbone_metadata(first))
+    checkpointer = DetectionCheckpointer(detector)
+    content = checkpointer._load_file(path)
+    check_normalisation(content, second)
+    found = checkpointer._load_model(content)
+    assert found.unexpected_keys == [] and found.incorrect_shapes == []
+    assert not [key for key in found.missing_keys if key.startswith("backbone.bottom_up.")]
+    image = images(1, size=64)
+    with torch.no_grad():
+        expected = classifier.backbone(classifier.preprocess_image(image).tensor)
+        features = detector.backbone.bottom_up(detector.preprocess_image(image).tensor)
+    assert all(torch.equal(features[level], expected[level]) for level in ("res2", "res3", "res4", "res5"))
 
 
 def test_output_folders_differ():

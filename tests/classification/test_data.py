@@ -181,9 +181,7 @@ def mixed(cfg, start=0):
 
 @pytest.mark.parametrize("kind", ["MIXUP", "CUTMIX"])
 def test_mixed_images_have_mixed_labels(folder, kind):
-    cfg = classifier_cfg(
-        DATASETS__TRAIN=(folder,), SOLVER__IMS_PER_BATCH=6, **{f"CLASSIFICATION__AUG__{kind}": 1.0}
-    )
+    cfg = classifier_cfg(DATASETS__TRAIN=(folder,), SOLVER__IMS_PER_BATCH=6, **{f"CLASSIFICATION__AUG__{kind}": 1.0})
     cfg.CLASSIFICATION.AUG.FLIP = 0.0
     batch = next(mixed(cfg))
     cfg.CLASSIFICATION.AUG[kind] = 0.0
@@ -213,7 +211,9 @@ def test_mixing_goes_on_where_it_was(folder):
     batches = mixed(cfg)
     third = [next(batches) for _ in range(3)][2]
     again = next(mixed(cfg, start=2))
-    assert all(torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"]) for a, b in zip(third, again))
+    assert all(
+        torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"]) for a, b in zip(third, again)
+    )
 
 
 def test_calibration_sees_all_classes(folder):

@@ -15,7 +15,13 @@ SCORES = [
 
 
 def test_ranks():
-    assert ranks(torch.tensor(SCORES, dtype=torch.float32), torch.zeros(5, dtype=torch.int64)).tolist() == [0, 1, 6, 6, 7]
+    assert ranks(torch.tensor(SCORES, dtype=torch.float32), torch.zeros(5, dtype=torch.int64)).tolist() == [
+        0,
+        1,
+        6,
+        6,
+        7,
+    ]
 
 
 def test_top_1_and_top_5():

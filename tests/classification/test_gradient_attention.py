@@ -14,7 +14,9 @@ def per_image_gradients(model, inputs):
     """d CE_n / d image_n, summed CE, by a forward written out."""
     x = torch.stack([i["image"] for i in inputs]).float().requires_grad_()
     features = model.backbone((x - model.pixel_mean) / model.pixel_std)["res5"]
-    losses = F.cross_entropy(model.linear(features.mean((2, 3))), torch.tensor([i["label"] for i in inputs]), reduction="none")
+    losses = F.cross_entropy(
+        model.linear(features.mean((2, 3))), torch.tensor([i["label"] for i in inputs]), reduction="none"
+    )
     return torch.autograd.grad(losses.sum(), x)[0]
 
 

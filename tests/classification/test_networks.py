@@ -30,11 +30,16 @@ def pixels(size=64):
     return torch.randint(256, (3, size, size), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("library, create", [("torchvision", torchvision.models.get_model), ("timm", timm.create_model)])
+@pytest.mark.parametrize(
+    "library, create", [("torchvision", torchvision.models.get_model), ("timm", timm.create_model)]
+)
 def test_a_named_resnet_says_what_its_source_says(tmp_path, library, create):
     network = trained(create("resnet18", num_classes=7))
     found = teacher(
-        f"{library}://resnet18", save(network, tmp_path / "w.pth"), CLASSIFICATION__NUM_CLASSES=7, CLASSIFICATION__INPUT_SIZE=0
+        f"{library}://resnet18",
+        save(network, tmp_path / "w.pth"),
+        CLASSIFICATION__NUM_CLASSES=7,
+        CLASSIFICATION__INPUT_SIZE=0,
     )
     image = pixels()
     with torch.no_grad():
@@ -65,7 +70,9 @@ def test_a_named_network_is_taken_whole(tmp_path, name, create, level, module):
         x = ((image / 255 - MEAN) / STD)[None]
         x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)  # its own input size
         expected = network(x)
-    maps, _ = Teacher(found, [level, "linear"])([{"image": image}], input_format="RGB", canvas=(48, 48), device=x.device)
+    maps, _ = Teacher(found, [level, "linear"])(
+        [{"image": image}], input_format="RGB", canvas=(48, 48), device=x.device
+    )
     assert torch.allclose(maps["linear"][0], expected, atol=1e-4)
     assert torch.allclose(maps[level][0], seen[0], atol=1e-4)
 

@@ -73,7 +73,10 @@ def test_half_precision_maps_are_summed_in_float32():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: fsp_matrix(torch.zeros(2, 3), torch.zeros(2, 3)), "floating-point .N, C, H, W., found torch.float32 of"),
+        (
+            lambda: fsp_matrix(torch.zeros(2, 3), torch.zeros(2, 3)),
+            "floating-point .N, C, H, W., found torch.float32 of",
+        ),
         (lambda: fsp_matrix(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4)), "batches of 2 and 1"),
         (lambda: fsp_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)), "one shape .N, Ci, Cj., found .2, 3, 4. and"),
         (lambda: FSPLoss(student_taps=("a",), student_channels=[1], teacher_channels=[1]), "two by two.*found 1: a"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -12,17 +12,24 @@ from kd_det.losses import (
     DISTILLATION_LOSS_REGISTRY,
     AttentionTransferLoss,
     BoundedRegressionLoss,
+    CWDLoss,
+    DKDLoss,
     HintLoss,
     NSTLoss,
     OverhaulLoss,
+    PKDLoss,
     SimilarityLoss,
     SoftTargetLoss,
     attention_transfer_loss,
     bounded_regression_loss,
+    cwd_loss,
+    dist_loss,
+    dkd_loss,
     hint_loss,
     margin_from_norm,
     nst_loss,
     overhaul_loss,
+    pkd_loss,
     similarity_preserving_loss,
     soft_target_loss,
 )
@@ -79,6 +86,15 @@ class TestAreTheirFunctions:
         loss = SoftTargetLoss(student_taps=["head.cls_score"], temperature=3.0)
         expected = soft_target_loss(student, teacher, temperature=3.0)
         assert not loss.needs_regions and loss([student], [teacher], regions).item() == expected.item()
+
+    @pytest.mark.parametrize("cls, function", [(PKDLoss, pkd_loss), (CWDLoss, cwd_loss)])
+    def test_with_connectors_where_channels_differ(self, maps, regions, cls, function):
+        student, teacher = maps
+        loss = cls(**TAPS, student_channels=[4, 4], teacher_channels=[6, 4])
+        assert isinstance(loss.connectors[1], torch.nn.Identity)
+        teacher = [teacher[0], teacher[1][:, :4]]
+        terms = [function(c(s), t, valid=regions.valid(s)) for c, s, t in zip(loss.connectors, student, teacher)]
+        assert loss(student, teacher, regions).item() == pytest.approx(sum(terms).item(), rel=1e-6)
 
     def test_levels_that_differ_in_number(self, maps, regions):
         with pytest.raises(ValueError, match="gave 2 maps and the teacher taps .* gave 1"):
@@ -255,6 +271,34 @@ class TestSimilarity:
             )
 
 
+class TestLogitsOfRegions:
+    def run(self, tmp_path, name):
+        model = build_model(distillation_cfg(tmp_path, name)).train()
+        (loss,) = model.losses.values()
+        seen = []
+        loss.register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
+        model(batch())
+        return seen[0]
+
+    def test_dist(self, tmp_path):
+        regions, value = self.run(tmp_path, "DIST")
+        ((s, t),) = regions.region_pairs()
+        assert value.item() == dist_loss(s.logits, t.logits).item() > 0
+
+    def test_dkd_takes_the_students_labels(self, tmp_path):
+        regions, value = self.run(tmp_path, "DKD")
+        ((s, t),) = regions.region_pairs()
+        labels = torch.full((32,), 3)  # background
+        targets = regions.region_targets(0)
+        labels[targets.index] = targets.classes
+        assert value.item() == dkd_loss(s.logits, t.logits, labels).item() > 0
+        assert 6 <= (labels < 3).sum() < 32
+
+    def test_dkd_reads_no_taps(self):
+        with pytest.raises(ValueError, match="reads no taps, found"):
+            DKDLoss(student_taps=["linear"])
+
+
 class TestBoundedRegression:
     def instances(self):
         truth = Instances(CANVAS)
@@ -343,5 +387,12 @@ class TestCascade:
 def test_add_kd_config_changes_no_key_of_detectron2():
     cfg = get_cfg()
     add_kd_config(cfg)
-    plain = get_cfg()
-    assert {key: value for key, value in cfg.items() if key in plain} == plain
+
+    def same(ours, plain):
+        for key, value in plain.items():
+            if isinstance(value, CfgNode):
+                same(ours[key], value)
+            else:
+                assert ours[key] == value, key
+
+    same(cfg, get_cfg())

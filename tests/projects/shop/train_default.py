@@ -1,14 +1,17 @@
-"""The project's training script, on Detectron2's DefaultTrainer. Distillation is the import and the one marked line."""
+"""The project's training script, on Detectron2's DefaultTrainer. Distillation is the import and the marked lines."""
 
 import os
 
-import kd_det
 from data import ShopMapper
 from detectron2.config import get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from modeling import add_shop_config
+
+import kd_det
 
 
 class ShopTrainer(DefaultTrainer):
@@ -33,6 +36,7 @@ def main(args):
     cfg.merge_from_list(args.opts)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")  # optional: what kd_det says
     trainer = ShopTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()

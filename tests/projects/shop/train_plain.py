@@ -2,7 +2,6 @@
 
 import os
 
-import kd_det
 from data import ShopMapper
 from detectron2.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
 from detectron2.config import get_cfg
@@ -12,6 +11,8 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import EventStorage
 from modeling import add_shop_config
+
+import kd_det
 
 
 def do_train(cfg, model, resume=False):

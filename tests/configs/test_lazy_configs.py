@@ -1,0 +1,70 @@
+"""Every LazyConfig is loaded, built and run for one training step, with shallow networks (at full depth as `slow`)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
+
+from kd_det import Distiller
+from tests.configs.test_configs import training_batch
+from tests.tiny import tiny_cfg
+
+ROOT = Path(__file__).parents[2] / "configs/lazy"
+FILES = sorted(p.name for p in ROOT.glob("*.py") if not p.name.startswith("base"))
+
+
+def load(name: str, tmp_path, *, shallow: bool):
+    """The config's model, its teacher with random weights from a file."""
+    model = LazyConfig.load(str(ROOT / name)).model
+    teacher = model.teacher.model
+    assert teacher.backbone.bottom_up.stages.depth == 101 and model.student.backbone.bottom_up.stages.depth == 50
+    if shallow:
+        for network in (model.student, teacher):
+            network.backbone.bottom_up.stages.depth = 18
+            del network.backbone.bottom_up.stages.stride_in_1x1
+            if network.backbone.top_block.get("in_channels") == 2048:
+                network.backbone.top_block.in_channels = 512
+        for loss in model.losses:
+            for key in set(loss) & {"student_channels", "teacher_channels"}:
+                loss[key] = [channels // 4 for channels in loss[key]]
+    model.teacher.weights = str(tmp_path / "teacher.pth")
+    torch.manual_seed(1)
+    torch.save({"model": instantiate(teacher).state_dict()}, model.teacher.weights)
+    return model
+
+
+def check_one_step(name: str, tmp_path, *, shallow: bool):
+    model = instantiate(load(name, tmp_path, shallow=shallow)).train()
+    assert isinstance(model, Distiller) and model.teacher is not None
+    inputs = training_batch(tiny_cfg(MODEL__MASK_ON="mask" in name))
+    losses = model(inputs)
+    for key in model.losses:
+        assert losses[f"loss_{key}"] > 0
+    sum(losses.values()).backward()
+    trained = [p.grad for p in model.student.backbone.parameters() if p.requires_grad]
+    assert any(grad is not None and grad.abs().sum() > 0 for grad in trained)
+
+
+def test_fcos_has_both():
+    assert {"fcos_R_50_from_R_101_nst_1x.py", "fcos_R_50_from_R_101_ofd_1x.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_training_step_of_a_shallow_network(name, tmp_path):
+    check_one_step(name, tmp_path, shallow=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_one_training_step_at_full_depth(name, tmp_path):
+    check_one_step(name, tmp_path, shallow=False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_tools_keys_are_there(name, tmp_path):
+    cfg = LazyConfig.load(str(ROOT / name))
+    assert set(cfg) == {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
+    LazyConfig.save(cfg, str(tmp_path / "saved.yaml"))
+    assert OmegaConf.to_container(LazyConfig.load(str(tmp_path / "saved.yaml"))).keys() == set(cfg)
