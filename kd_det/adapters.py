@@ -178,7 +178,7 @@ class FeatureTeacher(nn.Module):
                 if value.shape != mine.shape:
                     misshapen.append(f"{key} is {tuple(value.shape)}, expected {tuple(mine.shape)}")
         if misshapen:
-            raise ValueError(f"The teacher's weights are another network's: {len(misshapen)} misshapen ({misshapen[0]}).")
+            raise ValueError(f"The weights are another network's: {len(misshapen)} misshapen ({misshapen[0]}).")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -242,8 +242,8 @@ def _from_torchvision(name: str, cfg: CfgNode) -> Dict:
     stages = _resnet_stages(network)
     if len(stages) < 4:
         raise ValueError(
-            f"torchvision's {name!r} has no layer1 to layer4 to read. Take the network from timm ('timm://...'), or wrap "
-            f"it: kd_det.adapters.FeatureTeacher(network=...)."
+            f"torchvision's {name!r} has no layer1 to layer4 to read. Take the network from timm ('timm://...'), or "
+            f"wrap it: kd_det.adapters.FeatureTeacher(network=...)."
         )
     body = IntermediateLayerGetter(network, {f"layer{i}": f"layer{i}" for i in range(1, 5)})
     mean, std, _ = NETWORK_SOURCES["torchvision"](name)

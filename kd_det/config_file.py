@@ -1,6 +1,7 @@
 """Reading yaml configs without running what a stranger wrote into them."""
 
 import ast
+import copy
 import logging
 import os
 
@@ -10,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 
 from kd_det.errors import one_line, unknown_name
 
-__all__ = ["merge_config_file", "merge_options"]
+__all__ = ["add_missing_keys", "merge_config_file", "merge_options"]
 
 _TAG = "tag:yaml.org,2002:python/"
 
@@ -48,6 +49,15 @@ def merge_options(cfg: CfgNode, options: list, *, where: str) -> None:
         ValueError: an unknown key (says the nearest), a value of another type, or a key without a value.
     """
     _merge(cfg, cfg.merge_from_list, list(options), where=where)
+
+
+def add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
+    """Give a config, in place, the keys that only another one has (a project's own), with the other's values."""
+    for key, value in other.items():
+        if key not in cfg:
+            cfg[key] = copy.deepcopy(value)
+        elif isinstance(value, CfgNode) and isinstance(cfg[key], CfgNode):
+            add_missing_keys(cfg[key], value)
 
 
 def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:

@@ -1,18 +1,20 @@
-"""A trained student as a folder that plain Detectron2 loads: config, weights, how to load them, and proof that they fit."""
+"""A trained student as a folder that plain Detectron2 loads: its config, its weights, and how to load them, checked."""
 
 import os
 import shutil
 import tempfile
+import warnings
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.export import TracingAdapter
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
 from kd_det.backbones import timm_backbone
 from kd_det.checkpoint import load_strictly
-from kd_det.config_file import merge_config_file
+from kd_det.config_file import add_missing_keys, merge_config_file
 from kd_det.distiller import student_cfg
 
 __all__ = ["ExportReport", "export_student"]
@@ -47,9 +49,9 @@ They need {needs}.
 """
 
 _TRACED = """\
-`{traced}` is a TorchScript trace of it, made by Detectron2's exporter: it takes one image, a float tensor (3, H, W) of the
-channel order {order} with values 0 to 255, already resized as `INPUT.MIN_SIZE_TEST` says, and returns the fields of its
-detections in that image's coordinates, {fields}.
+`{traced}` is a TorchScript trace of it, made by Detectron2's exporter: it takes one image, a float tensor (3, H, W) of
+the channel order {order} with values 0 to 255, already resized as `INPUT.MIN_SIZE_TEST` says, and returns the fields of
+its detections in that image's coordinates, {fields}.
 
 """
 
@@ -91,16 +93,16 @@ def export_student(
         FileNotFoundError, ValueError: weights that do not exist or do not fit; a model that only kd_det can build; a
             folder that is not empty; a trace that cannot be made; or a check run that failed.
     """
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(f"The folder {folder!r} is not empty; the export needs one of its own.")
     cfg = plain_cfg(cfg)
-    model = build_model(cfg).eval()
-    if type(model).__module__.startswith("kd_det"):
+    if META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).__module__.startswith("kd_det"):
         raise ValueError(
             f"{cfg.MODEL.META_ARCHITECTURE} is kd_det's own meta-architecture, which plain Detectron2 cannot load; "
             f"of a classifier, export the backbone: tools/pretrain_backbone.py."
         )
+    model = build_model(cfg).eval()
     load_strictly(model, weights, who="student")
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise ValueError(f"The folder {folder!r} is not empty; the export needs one of its own.")
     images = list(images) or _random_images()
 
     parent = os.path.dirname(os.path.abspath(folder))
@@ -115,7 +117,7 @@ def export_student(
             shutil.copy(timm_backbone.__file__, made)
         error, detections = _check_run(cfg, model, made, images)
         if not error <= TOLERANCE[half]:
-            raise ValueError(f"The exported student differs from the trained one: relative error {error:.2g} of its maps.")
+            raise ValueError(f"The exported student differs from the trained one: its maps by {error:.2g}, relatively.")
         fields: List[str] = []
         if trace:
             fields = _trace(model, images, os.path.join(made, TRACED))
@@ -136,8 +138,8 @@ def plain_cfg(cfg: CfgNode) -> CfgNode:
     """The config of the plain student, that starts from no weights but those it is given."""
     cfg = student_cfg(cfg) if cfg.MODEL.META_ARCHITECTURE == "Distiller" else cfg.clone()
     cfg.defrost()
-    for node, key in ((cfg, "KD"), (cfg, "CLASSIFICATION")):
-        node.pop(key, None)
+    for key in ("KD", "CLASSIFICATION"):
+        cfg.pop(key, None)
     if _uses_timm(cfg):
         cfg.MODEL.TIMM.WEIGHTS = ""
     else:
@@ -170,12 +172,7 @@ def _random_images() -> List[Tensor]:
 @torch.no_grad()
 def _check_run(cfg: CfgNode, model: nn.Module, folder: str, images: List[Tensor]) -> Tuple[float, Tuple[int, int]]:
     reloaded_cfg = get_cfg()
-    # A project's own keys, and timm's: their defaults come with their packages.
-    reloaded_cfg.merge_from_other_cfg(CfgNode())
-    for key, value in _own_keys(cfg, reloaded_cfg).items():
-        reloaded_cfg[key] = value
-    if _uses_timm(cfg):
-        timm_backbone.add_timm_config(reloaded_cfg)
+    add_missing_keys(reloaded_cfg, cfg)  # timm's and a project's own; who loads the files adds them likewise
     merge_config_file(reloaded_cfg, os.path.join(folder, CONFIG))
     reloaded = build_model(reloaded_cfg).eval()
     load_strictly(reloaded, os.path.join(folder, WEIGHTS), who="exported student")
@@ -191,37 +188,30 @@ def _check_run(cfg: CfgNode, model: nn.Module, folder: str, images: List[Tensor]
     return error, (counts[0], counts[1])
 
 
-def _own_keys(cfg: CfgNode, plain: CfgNode) -> Dict[str, CfgNode]:
-    return {key: value.clone() for key, value in cfg.items() if key not in plain and isinstance(value, CfgNode)}
-
-
 @torch.no_grad()
 def _trace(model: nn.Module, images: List[Tensor], path: str) -> List[str]:
-    """Save the trace and compare it with the model on every image; returns the names of what it gives."""
-    from detectron2.export import TracingAdapter
+    """Save the trace, compared with the model on every image; returns the names of what it gives."""
 
     def inference(network, inputs):
-        if hasattr(network, "inference"):  # without resizing boxes to the original image
+        if isinstance(network, GeneralizedRCNN):  # in the coordinates of the network's input
             return [{"instances": network.inference(inputs, do_postprocess=False)[0]}]
         return network(inputs)
 
-    adapter = TracingAdapter(model, [{"image": images[0]}], inference)
+    adapter = TracingAdapter(model, [{"image": images[0]}], inference).eval()
     try:
-        adapter.eval()
-        traced = torch.jit.trace(adapter, (images[0],), check_trace=False)
+        with warnings.catch_warnings():
+            # It warns of what may be constant in the trace; the other images show whether anything is.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            traced = torch.jit.trace(adapter, (images[0],), check_trace=False)
         for image in images:
-            want, got = adapter(image), traced(image)
-            if any(w.shape != g.shape or not torch.allclose(w.float(), g.float(), atol=1e-3) for w, g in zip(want, got)):
-                raise ValueError("on another image, the trace gives other detections than the model")
+            for want, got in zip(adapter(image), traced(image)):
+                if want.shape != got.shape or not torch.allclose(want.float(), got.float(), atol=1e-3):
+                    raise ValueError("on another image, the trace gives other detections than the model")
     except (RuntimeError, ValueError, AttributeError, TypeError, AssertionError) as e:
-        raise ValueError(f"Detectron2's exporter cannot trace {type(model).__name__}: {e}") from e
+        raise ValueError(f"Detectron2's exporter cannot trace this {type(model).__name__}: {e}") from e
     torch.jit.save(traced, path)
-    fields = adapter(images[0]) and model_fields(model, images[0], inference)
-    return fields
-
-
-def model_fields(model, image, inference) -> List[str]:
-    return list(inference(model, [{"image": image}])[0]["instances"].get_fields())
+    instances = inference(model, [{"image": images[0]}])[0]["instances"]
+    return [*instances.get_fields(), "image_size"]
 
 
 def _needs(model: nn.Module) -> Tuple[str, ...]:

@@ -1,6 +1,5 @@
 """The teacher: built from its own config, checked to the last weight, frozen, and run only as deep as it is read."""
 
-import copy
 import logging
 import os
 from typing import Dict, List, Sequence, Tuple
@@ -18,7 +17,7 @@ from kd_det.classification import ImageClassifier
 from kd_det.classification.networks import NETWORK_SOURCES, configure_network
 from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
-from kd_det.config_file import merge_config_file, merge_options
+from kd_det.config_file import add_missing_keys, merge_config_file, merge_options
 from kd_det.errors import unknown_name
 from kd_det.taps import Taps
 
@@ -44,7 +43,7 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
         )
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
-    _add_missing_keys(teacher_cfg, cfg)
+    add_missing_keys(teacher_cfg, cfg)
     weights = cfg.KD.TEACHER.WEIGHTS
     if name.partition("://")[0] in NETWORK_SOURCES:
         teaches_classifier = cfg.KD.STUDENT.META_ARCHITECTURE == ImageClassifier.__name__
@@ -101,14 +100,6 @@ def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
     if teacher_cfg.MODEL.META_ARCHITECTURE not in registered:
         raise ValueError(unknown_name("teacher meta-architecture", teacher_cfg.MODEL.META_ARCHITECTURE, registered))
     return registered[teacher_cfg.MODEL.META_ARCHITECTURE](teacher_cfg)
-
-
-def _add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
-    for key, value in other.items():
-        if key not in cfg:
-            cfg[key] = copy.deepcopy(value)
-        elif isinstance(value, CfgNode) and isinstance(cfg[key], CfgNode):
-            _add_missing_keys(cfg[key], value)
 
 
 def _zoo_config_file(name: str) -> str:

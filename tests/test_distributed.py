@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.engine import RESUMABLE
 from kd_det.engine.launch import _create_local_process_group
+from kd_det.losses import DISTILLATION_LOSS_REGISTRY
 from tests.tiny import batch, distillation_cfg, tiny_cfg
 from tests.tiny_run import ALL_LOSSES, differing, run_cfg, train
 
@@ -96,16 +97,11 @@ def step(cfg, images) -> dict:
     }
 
 
+# Every loss of a detector; norms of the whole batch, and margins of the images seen so far.
 CASES = {
-    "NST": {},
-    "SoftTarget": {},
-    "AttentionTransfer": {},
-    "Overhaul": {"KD__OVERHAUL__CONNECTOR_NORM": "FrozenBN"},
-    "Similarity": {},
-    "Similarity images": {"KD__SIMILARITY__SAMPLES": "images"},
-    "Hint": {},
-    "BoundedRegression": {},
-    "FSP": {},
+    **{name: {} for name, _ in DISTILLATION_LOSS_REGISTRY if name != "GradientAttentionLoss"},
+    "OverhaulLoss": {"KD__OVERHAUL__CONNECTOR_NORM": "FrozenBN", "KD__OVERHAUL__MARGIN": "running"},
+    "SimilarityLoss images": {"KD__SIMILARITY__SAMPLES": "images"},
 }
 
 
@@ -113,8 +109,6 @@ CASES = {
 def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path, case):
     teacher = tiny_cfg(depth=50, width=8)
     opts = {"MODEL__RESNETS__NORM": "FrozenBN", **CASES[case]}
-    if "MARGIN" not in str(opts):
-        opts["KD__OVERHAUL__MARGIN"] = "running"
     cfg = distillation_cfg(tmp_path, case.split()[0], teacher=teacher, **opts)
     images = batch(sizes=((64, 64),) * 4)
     whole = _in_fork(tmp_path, step, cfg, images)
@@ -157,7 +151,8 @@ def test_synchronised_connectors_see_the_whole_batch(tmp_path):
 
 
 def uneven_similarity() -> dict:
-    from kd_det.losses.similarity import gather_samples, similarity_preserving_loss
+    from kd_det.losses import similarity_preserving_loss
+    from kd_det.losses._ranks import gather_samples
 
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(5, 3, 2, generator=generator), torch.randn(5, 4, generator=generator)

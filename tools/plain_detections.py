@@ -2,7 +2,7 @@
 """
 Detections of a checkpoint by Detectron2 alone: kd_det is never imported. Missing or left-over weights are an error.
 
-    tools/plain_detections.py --config-file student.yaml --weights model_final.pth --output found.pth a.jpg b.jpg
+    tools/plain_detections.py --config-file student.yaml --weights w.pth --images images.txt --output found.pth
 """
 
 import argparse
@@ -27,14 +27,16 @@ def main():
     parser.add_argument("--config-file", required=True, help="of the plain model")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--output", required=True, help="for torch.load: boxes, scores and classes of each image")
-    parser.add_argument("images", nargs="+")
+    parser.add_argument("--images", required=True, help="text file with the path of one image a line")
     args = parser.parse_args()
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.MODEL.WEIGHTS = ""
     predictor = StrictPredictor(cfg, args.weights)
+    with open(args.images) as f:
+        paths = f.read().splitlines()
     found = []
-    for path in args.images:
+    for path in paths:
         instances = predictor(read_image(path, format="BGR"))["instances"].to("cpu")
         found.append((instances.pred_boxes.tensor, instances.scores, instances.pred_classes))
     torch.save(found, args.output)

@@ -194,12 +194,15 @@ def check_plain(output: str, run: Run) -> str:
     Raises:
         UserError: it does not load strictly, or the detections differ.
     """
-    config_file, found_file = os.path.join(output, "plain_student.yaml"), os.path.join(output, "plain_detections.pth")
-    with open(config_file, "w") as f:
-        f.write(student_cfg(run.cfg()).dump())
+    config_file, images_file, found_file = (
+        os.path.join(output, f"plain_{name}") for name in ("student.yaml", "images.txt", "detections.pth")
+    )
     images = [r["file_name"] for r in DatasetCatalog.get("quickstart_coco_val")[:COMPARED_IMAGES]]
-    arguments = ["--config-file", config_file, "--weights", run.weights, "--output", found_file]
-    run_command(["tools/plain_detections.py", *arguments, *images])
+    for path, text in ((config_file, student_cfg(run.cfg()).dump()), (images_file, "\n".join(images) + "\n")):
+        with open(path, "w") as f:
+            f.write(text)
+    files = ["--config-file", config_file, "--weights", run.weights, "--images", images_file, "--output", found_file]
+    run_command(["tools/plain_detections.py", *files])
     distiller, detections = predictor(run), 0
     for path, (boxes, scores, classes) in zip(images, torch.load(found_file)):
         instances = distiller(cv2.imread(path))["instances"].to("cpu")
@@ -216,7 +219,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/quickstart", help="folder of everything, default %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students, default 0")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every training")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for every training")
     return parser
 
 

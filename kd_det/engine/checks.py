@@ -20,6 +20,7 @@ from kd_det.classification import check_classes
 from kd_det.convert import check_normalisation
 from kd_det.data import check_dataset
 from kd_det.engine.arguments import plain_student_cfg
+from kd_det.engine.class_lists import check_class_lists
 from kd_det.engine.cli import UserError
 from kd_det.engine.step import NON_FINITE
 from kd_det.engine.trainer import EVALUATORS
@@ -65,11 +66,13 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         check_classes(cfg, training_sets + list(cfg.DATASETS.TEST))
         return
     _check_input(cfg, is_train=not args.eval_only)
+    classes = {}
     for name in dict.fromkeys(training_sets + list(cfg.DATASETS.TEST)):
         summary = check_dataset(name)
-        _check_classes(cfg, name, summary.thing_classes)
+        classes[name] = summary.thing_classes
         if name in training_sets and not summary.num_instances:
             raise UserError(f"data set '{name}' has {summary.num_images} images and no annotation to train on")
+    check_class_lists(cfg, classes)
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type")
         if kind not in EVALUATORS:
@@ -142,8 +145,9 @@ def _check_model(cfg: CfgNode) -> nn.Module:
 
 def _check_input(cfg: CfgNode, *, is_train: bool) -> None:
     """Runs what the config does to an image, on a blank one."""
-    with preserved_random_state(), _naming("the input (INPUT.*)", ValueError):
+    with _naming(f"an image in INPUT.FORMAT {cfg.INPUT.FORMAT!r}", ValueError):
         image = convert_PIL_to_numpy(Image.new("RGB", (64, 48)), cfg.INPUT.FORMAT)
+    with preserved_random_state(), _naming("the input (INPUT.*)", ValueError):
         for augmentation in DatasetMapper.from_config(cfg, is_train)["augmentations"]:
             augmentation(T.AugInput(image.astype("uint8")))
     if is_train:
@@ -158,13 +162,3 @@ def _naming(what: str, *errors: type[Exception]):
         yield
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError, *errors) as e:
         raise UserError(f"{what} cannot be built: {type(e).__name__}: {e}") from e
-
-
-def _check_classes(cfg: CfgNode, name: str, classes) -> None:
-    architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
-    node = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}.get(architecture)
-    if node and classes and len(classes) > cfg.MODEL[node].NUM_CLASSES:
-        raise UserError(
-            f"data set '{name}' has {len(classes)} classes and MODEL.{node}.NUM_CLASSES is "
-            f"{cfg.MODEL[node].NUM_CLASSES}"
-        )

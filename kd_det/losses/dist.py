@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
+from kd_det.losses._ranks import gather_samples
 from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.logits import LogitLoss
@@ -92,5 +93,6 @@ class DISTLoss(LogitLoss):
         return {**super().from_config(cfg, student, teacher), **options}
 
     def forward(self, student, teacher, regions):
-        pairs = self.logit_pairs(student, teacher, regions)
+        # "Over samples" means those of all ranks.
+        pairs = [(gather_samples(s), gather_samples(t)) for s, t in self.logit_pairs(student, teacher, regions)]
         return sum(dist_loss(s, t, **self.options) for s, t in pairs) / len(pairs)

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.utils import comm
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from kd_det.losses._ranks import gather_samples
 from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
 
@@ -54,39 +54,6 @@ def _similarity(samples: Tensor) -> Tensor:
         squares = gram.detach().diagonal()
     alive = (squares > 0).to(gram.dtype)
     return unit_rows(gram * alive * alive[:, None])
-
-
-class _AllGather(Function):
-    """
-    The samples of all ranks, rank by rank. Every rank computes the same loss of them, and DDP averages gradients over
-    ranks; so the local samples' gradient is multiplied by the number of ranks, to end as that of one large batch.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        gathered = [torch.empty_like(x) for _ in range(comm.get_world_size())]
-        torch.distributed.all_gather(gathered, x.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.chunk(comm.get_world_size())[comm.get_rank()] * comm.get_world_size()
-
-
-def gather_samples(samples: Tensor) -> Tensor:
-    """
-    The samples of all ranks along the first axis, with gradients to the local ones.
-
-    Args:
-        samples: (b, ...); b may differ from rank to rank.
-    """
-    if comm.get_world_size() == 1:
-        return samples
-    counts = comm.all_gather(len(samples))
-    padded = torch.cat([samples, samples.new_zeros(max(counts) - len(samples), *samples.shape[1:])])
-    chunks = _AllGather.apply(padded).chunk(len(counts))
-    return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts)])
 
 
 class _SelfProduct(Function):

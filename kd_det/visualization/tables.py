@@ -1,6 +1,7 @@
 """Tables of results, from what Detectron2's writers left in a run's ``metrics.json``."""
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ def read_metrics(output_dir: str) -> dict[str, float]:
 
     Returns:
         The last value of every ``bbox/...`` key (AP in percent), and ``time``, the median of the seconds a training
-        step took. Empty if there is no evaluation.
+        step took (Detectron2 leaves out the first three). Empty if there is no evaluation.
     """
     path = os.path.join(output_dir, "metrics.json")
     if not os.path.isfile(path):
@@ -46,7 +47,7 @@ def comparison_table(rows: Sequence[tuple[str, int, Mapping[str, float]]]) -> st
         rows: name, number of parameters and metrics (see :func:`read_metrics`) of each.
     """
     table = [
-        (name, f"{parameters:,}", f"{m['time']:.3f}", f"{m['bbox/AP']:.1f}", f"{m['bbox/AP50']:.1f}")
+        (name, f"{parameters:,}", f"{m.get('time', math.nan):.3f}", f"{m['bbox/AP']:.1f}", f"{m['bbox/AP50']:.1f}")
         for name, parameters, m in rows
     ]
     headers = ("model", "parameters", "s / step", "AP", "AP50")

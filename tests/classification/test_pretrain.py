@@ -146,7 +146,7 @@ BAD = {
     ),
     "class counts of teacher and student": (
         lambda cfg, root: set_options(cfg, {"CLASSIFICATION__NUM_CLASSES": 3}),
-        "Soft targets compare class by class: the student has 3 classes and the teacher 4",
+        "compares class by class: the student has 3 classes and the teacher 4",
     ),
     "an empty class folder": (empty_class, "Found no valid file for the classes empty"),
     "no image set": (no_images, "Couldn't find any class folder"),

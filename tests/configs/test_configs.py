@@ -1,4 +1,4 @@
-"""Every shipped detection config is loaded, built and run for one training step: shrunken here, at full width as `slow`."""
+"""Every shipped detection config is loaded, built and trained for one step: shrunken, and at full width as `slow`."""
 
 from pathlib import Path
 

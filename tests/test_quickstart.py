@@ -1,0 +1,119 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools/quickstart.py"
+spec = importlib.util.spec_from_file_location("quickstart", TOOL)
+quickstart = importlib.util.module_from_spec(spec)
+sys.modules["quickstart"] = quickstart  # dataclasses look their module up
+spec.loader.exec_module(quickstart)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that was just started: only its config is there."""
+    data = tmp_path / "dataset.json"
+    data.write_text("{}")
+    os.utime(data, (1, 1))
+    run = quickstart.Run("x", str(tmp_path / "x"), ["--config-file", quickstart.STUDENT, "SEED", "3"], [str(data)])
+    Path(run.output_dir).mkdir()
+    Path(run.output_dir, "config.yaml").write_text(run.cfg().dump())
+    return run
+
+
+def finish(run):
+    Path(run.weights).touch()
+    Path(run.output_dir, "last_checkpoint").write_text("model_final.pth")
+    Path(run.output_dir, "metrics.json").write_text(json.dumps({"bbox/AP": 1.0, "time": 0.1}) + "\n")
+
+
+def test_a_run_without_checkpoint_is_new(run):
+    assert run.state() == "new"
+    Path(run.output_dir, "config.yaml").unlink()
+    assert run.state() == "new"
+
+
+def test_a_run_is_resumed_until_it_is_evaluated(run):
+    last = Path(run.output_dir, "last_checkpoint")
+    last.write_text("model_0000009.pth")
+    assert run.state() == "interrupted"
+    Path(run.weights).touch()
+    assert run.state() == "interrupted"
+    finish(run)
+    assert run.state() == "finished"
+
+
+def test_a_finished_run_is_made_anew_for_another_config_or_younger_inputs(run):
+    finish(run)
+    other = quickstart.Run("x", run.output_dir, [*run.arguments, "SOLVER.MAX_ITER", "7"], run.inputs)
+    assert (run.state(), other.state()) == ("finished", "new")
+    os.utime(run.inputs[0])
+    os.utime(run.weights, (2, 2))
+    assert run.state() == "new"
+
+
+def test_what_is_there_is_not_trained_again(run, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(quickstart, "run_command", commands.append)
+    finish(run)
+    quickstart.train(run)
+    assert commands == [] and f"{run.weights} is there, reused" in capsys.readouterr().out
+    Path(run.output_dir, "metrics.json").unlink()
+    quickstart.train(run)
+    assert commands.pop() == ["tools/train_net.py", "--resume", *run.command[1:]]
+    Path(run.output_dir, "config.yaml").unlink()
+    quickstart.train(run)
+    assert commands.pop() == run.command and not Path(run.output_dir).exists()
+
+
+def test_alone_and_distilled_differ_in_the_teacher_only(tmp_path):
+    args = Namespace(output=str(tmp_path), seeds=[0, 5], opts=["SOLVER.MAX_ITER", "7"])
+    teacher, pairs = quickstart.plan(args, str(tmp_path))
+    assert list(pairs) == [0, 5]
+    alone, distilled = pairs[5]
+    at = distilled.command.index("--teacher")
+    command = [x for i, x in enumerate(distilled.command) if not at <= i < at + 4]
+    assert command[:-1] == alone.command[:-1]  # the last is the folder
+    assert distilled.command[at + 3] == teacher.weights and teacher.weights in distilled.inputs
+    assert "5" == alone.command[alone.command.index("SEED") + 1]
+    assert "7" == teacher.command[teacher.command.index("SOLVER.MAX_ITER") + 1]
+
+
+def test_a_failing_command_is_one_line_for_the_user():
+    with pytest.raises(ValueError, match=r"^tools/train_net.py ended with exit status 1"):
+        quickstart.run_command(["tools/train_net.py", "--config-file", "/nowhere.yaml"])
+
+
+@pytest.mark.slow
+def test_the_whole_quickstart_twice(tmp_path):
+    tiny = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    code = f"""
+import sys; sys.path.insert(0, {str(TOOL.parent)!r})
+import quickstart as q
+q.DATASET = "--num-train 8 --num-val 6 --size 64 --num-crops 0 --num-val-crops 0".split()
+q.run_tool(q.main, q.get_parser().parse_args(sys.argv[1:]))
+"""
+
+    def go():
+        command = [sys.executable, "-c", code, "--output", str(tmp_path), "--seeds", "1", "2", "--opts", *tiny]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    out = go()
+    assert out.count("$ python tools/train_net.py") == 5 and "reused" not in out
+    assert "loads strictly, and gives the same" in out
+    assert (tmp_path / "table.md").read_text().strip() in out
+    # 6 images, each 320 pixels high: ground truth, teacher, alone, distilled
+    assert cv2.imread(str(tmp_path / "detections.png")).shape == (28 + 6 * 326, 4 * 320 + 3 * 6, 3)
+    assert "KD" not in yaml.safe_load((tmp_path / "plain_student.yaml").read_text())
+
+    out = go()
+    assert "$ python tools/train_net.py" not in out and out.count("is there, reused") == 5
