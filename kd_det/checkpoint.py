@@ -109,6 +109,10 @@ class SafeCheckpointer(DetectionCheckpointer):
                 # Detectron2 reads the file after this, so it meets what was just found to be harmless.
                 with PathManager.open(filename, "rb") as file:
                     _RestrictedUnpickler(file, encoding="latin1").load()
+            elif filename.endswith(".safetensors"):  # timm's
+                from safetensors.torch import load_file
+
+                return {"model": load_file(filename)}
             elif filename.endswith(".pyth"):
                 self._torch_load(filename)
             elif not hasattr(DetectionCheckpointer, "_torch_load"):  # v0.6

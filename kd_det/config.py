@@ -5,7 +5,7 @@ from detectron2.config import CfgNode as CN
 from kd_det.backbones import add_timm_config
 from kd_det.classification.config import add_classification_config
 
-__all__ = ["add_kd_config", "add_loss_config"]
+__all__ = ["add_kd_config", "add_loss_config", "check_kd_config"]
 
 
 def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
@@ -157,3 +157,21 @@ def add_kd_config(cfg: CN) -> None:
     # Gradient-based AT (arXiv 1612.03928, section 3.2), for classifiers; the weight is beta / 2 of Eq. 4. It reads no
     # taps.
     add_loss_config(cfg, "GRADIENT_AT", weight=1.0)
+
+
+def check_kd_config(node: CN, name: str = "KD") -> None:
+    """
+    Refuse the one wrong type that yacs lets through.
+
+    Args:
+        node: ``cfg.KD``.
+        name: what messages call it.
+
+    Raises:
+        ValueError: a key whose value is None; names it.
+    """
+    for key, value in node.items():
+        if isinstance(value, CN):
+            check_kd_config(value, f"{name}.{key}")
+        elif value is None and (name == "KD" or key not in ("WARMUP_ITERS", "STOP_ITER")):
+            raise ValueError(f"{name}.{key} is None, and needs a value.")

@@ -21,10 +21,19 @@ def build_connectors(
 
     Returns:
         Modules from (N, Cs, H, W) to (N, Ct, H, W).
+
+    Raises:
+        ValueError: an unknown norm, or one that the channels do not fit (GN has 32 groups).
     """
     connectors = nn.ModuleList()
     for cs, ct in zip(student_channels, teacher_channels):
-        connector = Conv2d(cs, ct, kernel_size=1, bias=norm == "", norm=get_norm(norm, ct))
+        try:
+            connector = Conv2d(cs, ct, kernel_size=1, bias=norm == "", norm=get_norm(norm, ct))
+        except KeyError:
+            raise ValueError(
+                f"Unknown norm of a connector {norm!r}; Detectron2's are BN, SyncBN, FrozenBN, GN, naiveSyncBN and LN, "
+                f"and '' is none."
+            ) from None
         nn.init.normal_(connector.weight, std=(2 / ct) ** 0.5)
         if connector.bias is not None:
             nn.init.zeros_(connector.bias)

@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.compat import has_event_storage
+from kd_det.config import check_kd_config
 from kd_det.errors import unknown_name
 from kd_det.inherit import inherit_weights
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
@@ -101,6 +102,7 @@ class Distiller(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict:
+        check_kd_config(cfg.KD)
         student = build_student(cfg)
         ret = {"student": student, "input_format": cfg.INPUT.FORMAT}
         if enabled_loss_classes(cfg) or cfg.KD.INHERIT:

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from detectron2.modeling import build_model
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN
@@ -150,6 +151,16 @@ def test_a_vision_transformer_teaches(tmp_path):
     model = build_model(cfg).train()
     assert model.teacher.backbone.output_shape()["p4"].stride == 16
     assert model(batch())["loss_nst"] > 0
+
+
+def test_weights_as_timm_publishes_them(tmp_path):
+    network = timm.create_model("convnext_atto")
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    teacher = build_teacher(adapter_cfg("timm://convnext_atto", tmp_path / "model.safetensors"))
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        want = network.eval().forward_intermediates(image, intermediates_only=True)[-1]
+        torch.testing.assert_close(teacher.backbone(image)["res5"], want)
 
 
 def test_region_losses_are_refused_with_the_reason(tmp_path):

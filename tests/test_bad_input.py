@@ -72,6 +72,8 @@ OPTIONS = {
     "negative warm-up": (["KD.WARMUP_ITERS", "-3"], "warm-up must be >= 0"),
     "stop before never": (["KD.STOP_ITER", "-2"], "stop >= -1"),
     "warm-up a word": (["KD.NST.WARMUP_ITERS", "soon"], "soon"),
+    "no value": (["KD.LOSSES", "None"], "KD.LOSSES is None, and needs a value"),
+    "no value of a loss": (["KD.NST.WEIGHT", "None"], "KD.NST.WEIGHT is None, and needs a value"),
     "unknown key": (["KD.NST.WIGHT", "1.0"], "Unknown config key 'KD.NST.WIGHT'. Did you mean 'KD.NST.WEIGHT'"),
     "unknown node": (["KD.NTS.WEIGHT", "1.0"], "Unknown config key 'KD.NTS.WEIGHT'"),
     "unknown treatment of NaN": (["KD.NON_FINITE", "ignore"], "KD.NON_FINITE must be one of stop, skip, found 'ignore'"),

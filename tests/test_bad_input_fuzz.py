@@ -58,7 +58,7 @@ def base(tmp_path_factory) -> CfgNode:
     return cfg
 
 
-@fuzzed(max_examples=300)
+@fuzzed(max_examples=120)
 @given(
     losses=st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True),
     changes=st.dictionaries(st.sampled_from(KEYS), values, min_size=1, max_size=3),
@@ -148,20 +148,20 @@ def check_loss(loss, student: Tensor, *rest, **kwargs):
 
 
 @pytest.mark.parametrize("name", MAP_LOSSES)
-@fuzzed(max_examples=60)
+@fuzzed(max_examples=30)
 @given(maps=pairs(), valid=masks)
 def test_any_maps(name, maps, valid):
     check_loss(MAP_LOSSES[name], *maps, valid=valid)
 
 
 @pytest.mark.parametrize("name", PLAIN_LOSSES)
-@fuzzed(max_examples=60)
+@fuzzed(max_examples=30)
 @given(maps=pairs())
 def test_any_samples(name, maps):
     check_loss(PLAIN_LOSSES[name], *maps)
 
 
-@fuzzed(max_examples=60)
+@fuzzed(max_examples=30)
 @given(maps=pairs(), third=pairs(), margin=st.integers(0, 5))
 def test_any_third_argument(maps, third, margin):
     student, teacher = maps

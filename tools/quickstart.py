@@ -10,6 +10,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -158,7 +159,12 @@ def run_command(command: list[str]) -> None:
         UserError: it failed; it has said why.
     """
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    status = subprocess.run([sys.executable, "-W", "ignore", os.path.join(ROOT, command[0]), *command[1:]]).returncode
+    # Ctrl-C reaches the script as well, which saves what it has: wait for that, subprocess.run would kill it.
+    interrupt = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        status = subprocess.call([sys.executable, "-W", "ignore", os.path.join(ROOT, command[0]), *command[1:]])
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     if status:
         raise UserError(f"{command[0]} ended with exit status {status}; run this again to go on from here")
 

@@ -6,7 +6,6 @@ import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
@@ -84,13 +83,7 @@ class _ExportBackbone(HookBase):
             save_backbone(path, backbone_weights(model), backbone_metadata(trainer.cfg))
             if trainer.average is not None:
                 torch.save({"model": model.state_dict()}, os.path.join(trainer.cfg.OUTPUT_DIR, AVERAGE_FILE))
-        logger.info(f"Backbone for detectors: {path} ({_usage(trainer.cfg)})")
-
-
-def _usage(cfg: CfgNode) -> str:
-    images = f"INPUT.FORMAT {cfg.INPUT.FORMAT} MODEL.PIXEL_MEAN {list(cfg.MODEL.PIXEL_MEAN)}"
-    classes = len(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).classes)
-    return f"{classes} classes; use it with {images} MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)}"
+        logger.info(f"Backbone for detectors: {path}. It wants their images so: {backbone_metadata(trainer.cfg)}")
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -1,15 +1,14 @@
 """CWD, channel-wise knowledge distillation for dense prediction: arXiv 2011.13256."""
 
-from collections.abc import Sequence
 from typing import Optional
 
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
-from kd_det.connectors import connect_where_different
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss, tap_channels
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
+from kd_det.losses.connected import ConnectedLoss
 
 __all__ = ["CWDLoss", "cwd_loss"]
 
@@ -41,7 +40,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, vali
     divergence = log_t.exp() * (log_t - log_s)
     if maps.invalid is not None:
         divergence = divergence.masked_fill(maps.invalid.flatten(2), 0)
-    return temperature**2 * divergence.sum(2).mean()
+    return temperature * temperature * divergence.sum(2).mean()
 
 
 def _log_softmax(x: Tensor, invalid: Optional[Tensor]) -> Tensor:
@@ -52,39 +51,25 @@ def _log_softmax(x: Tensor, invalid: Optional[Tensor]) -> Tensor:
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class CWDLoss(DistillationLoss):
+class CWDLoss(ConnectedLoss):
     """:func:`cwd_loss` summed over the pairs of taps, behind a connector where the channels differ."""
 
     name = "cwd"
 
     @configurable
-    def __init__(
-        self,
-        *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        temperature: float = 1.0,
-        connector_norm: str = "",
-        **kwargs,
-    ):
+    def __init__(self, *, temperature: float = 1.0, **kwargs):
         """
         Args:
-            student_channels, teacher_channels: one number a tap.
             temperature: T of :func:`cwd_loss`.
-            connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
-            kwargs: see :class:`DistillationLoss`.
+            kwargs: see :class:`ConnectedLoss`.
         """
         super().__init__(**kwargs)
-        self.connectors = connect_where_different(student_channels, teacher_channels, norm=connector_norm)
         cwd_loss(NO_IMAGES, NO_IMAGES, temperature=temperature)  # checks the option
         self.temperature = temperature
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
-        node = cfg.KD.CWD
-        options = {"temperature": node.TEMPERATURE, "connector_norm": node.CONNECTOR_NORM}
-        return {**ret, **tap_channels(ret, student, teacher), **options}
+        return {**super().from_config(cfg, student, teacher), "temperature": cfg.KD.CWD.TEMPERATURE}
 
     def forward(self, student, teacher, regions):
         pairs = self.pairs(student, teacher, regions)

@@ -51,7 +51,7 @@ def dist_loss(
     if student.numel() == 0:
         return zero_loss(student)
     s, t = (F.softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    return temperature**2 * (beta * _one_minus_pearson(s, t) + gamma * _one_minus_pearson(s.T, t.T))
+    return temperature * temperature * (beta * _one_minus_pearson(s, t) + gamma * _one_minus_pearson(s.T, t.T))
 
 
 def _one_minus_pearson(x: Tensor, y: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def dkd_loss(
     target, others = (
         F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1).mean() for log_s, log_t in zip(*parts)
     )
-    return temperature**2 * (alpha * target + beta * others)
+    return temperature * temperature * (alpha * target + beta * others)
 
 
 def _decouple(logits: Tensor, is_label: Tensor):

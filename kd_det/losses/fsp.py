@@ -1,15 +1,14 @@
 """FSP, the flow of solution procedure: Yim et al., A gift from knowledge distillation, CVPR 2017."""
 
-from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from detectron2.config import configurable
 from torch import Tensor
 
-from kd_det.connectors import connect_where_different
 from kd_det.losses._spatial import full_precision, pool_to, to_float, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.connected import ConnectedLoss
 
 __all__ = ["FSPLoss", "fsp_loss", "fsp_matrix"]
 
@@ -78,7 +77,7 @@ def _describe(x) -> str:
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class FSPLoss(DistillationLoss):
+class FSPLoss(ConnectedLoss):
     """
     :func:`fsp_loss` summed over flows. Taps are read two by two: ("res2", "res3", "res3", "res5") are the flows from
     res2 to res3 and from res3 to res5. Where the student has other channels than the teacher, a connector precedes
@@ -88,14 +87,10 @@ class FSPLoss(DistillationLoss):
     name = "fsp"
 
     @configurable
-    def __init__(
-        self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], connector_norm: str = "", **kwargs
-    ):
+    def __init__(self, **kwargs):
         """
         Args:
-            student_channels, teacher_channels: one number a tap.
-            connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
-            kwargs: see :class:`DistillationLoss`.
+            kwargs: see :class:`ConnectedLoss`.
 
         Raises:
             ValueError: an odd number of taps, or none.
@@ -106,12 +101,6 @@ class FSPLoss(DistillationLoss):
                 f"FSPLoss: taps are read two by two, from one layer to another; found {len(self.student_taps)}: "
                 f"{', '.join(self.student_taps) or 'none'}."
             )
-        self.connectors = connect_where_different(student_channels, teacher_channels, norm=connector_norm)
-
-    @classmethod
-    def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
-        return {**ret, **tap_channels(ret, student, teacher), "connector_norm": cfg.KD.FSP.CONNECTOR_NORM}
 
     def forward(self, student, teacher, regions):
         maps = [

@@ -1,16 +1,14 @@
 """Hints: FitNets, arXiv 1412.6550."""
 
-from collections.abc import Sequence
 from typing import Optional
 
 import torch
-from detectron2.config import configurable
 from torch import Tensor
 
-from kd_det.connectors import build_connectors
 from kd_det.losses._blocks import SquaredResidual
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.connected import ConnectedLoss
 
 __all__ = ["HintLoss", "hint_loss"]
 
@@ -45,28 +43,11 @@ def _difference(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, 
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class HintLoss(DistillationLoss):
+class HintLoss(ConnectedLoss):
     """:func:`hint_loss` after a connector from the student's channels to the teacher's, summed over taps."""
 
     name = "hint"
-
-    @configurable
-    def __init__(
-        self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], connector_norm: str = "", **kwargs
-    ):
-        """
-        Args:
-            student_channels, teacher_channels: one number a tap.
-            connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
-            kwargs: see :class:`DistillationLoss`.
-        """
-        super().__init__(**kwargs)
-        self.connectors = build_connectors(student_channels, teacher_channels, norm=connector_norm)
-
-    @classmethod
-    def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
-        return {**ret, **tap_channels(ret, student, teacher), "connector_norm": cfg.KD.HINT.CONNECTOR_NORM}
+    connects_equal_channels = True
 
     def forward(self, student, teacher, regions):
         pairs = self.pairs(student, teacher, regions)

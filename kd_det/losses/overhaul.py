@@ -12,11 +12,11 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from kd_det.connectors import build_connectors
 from kd_det.errors import unknown_name
 from kd_det.losses._blocks import SquaredResidual
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.connected import ConnectedLoss
 from kd_det.taps import tap_module
 
 __all__ = ["OverhaulLoss", "margin_from_norm", "margin_relu", "overhaul_loss", "partial_l2_loss"]
@@ -208,19 +208,19 @@ class Margin(nn.Module):
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class OverhaulLoss(DistillationLoss):
+class OverhaulLoss(ConnectedLoss):
     """
     :func:`overhaul_loss` after a connector (1x1 convolution, norm), summed over the pairs of taps with the factor
     2^-(L-l), 1 for the last. Taps are pre-activations, shallow to deep.
     """
 
     name = "overhaul"
+    connects_equal_channels = True
 
     @configurable
     def __init__(
         self,
         *,
-        student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         margin: str | Sequence[tuple[Tensor, Tensor]] = "calibrated",
         calibration_images: int = 64,
@@ -230,18 +230,17 @@ class OverhaulLoss(DistillationLoss):
     ):
         """
         Args:
-            student_channels, teacher_channels: one number a tap.
+            teacher_channels: one number a tap.
             margin: "calibrated": the mean of the negative responses over ``calibration_images`` images, before step 0.
                 "running": over all images seen so far. Or (weight, bias) of the norm layer behind each teacher tap,
                 for the closed form of :func:`margin_from_norm`.
             calibration_images: see ``margin``.
-            connector_norm: a norm of Detectron2: "BN", "SyncBN", ...
+            connector_norm: a norm of Detectron2: "BN", as in the paper, "SyncBN", ...
             reduction: see :func:`overhaul_loss`.
-            kwargs: see :class:`DistillationLoss`.
+            kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(**kwargs)
+        super().__init__(teacher_channels=teacher_channels, connector_norm=connector_norm, **kwargs)
         _check_reduction(type(self).__name__, reduction)
-        self.connectors = build_connectors(student_channels, teacher_channels, norm=connector_norm)
         self.margins = nn.ModuleList(Margin(channels) for channels in teacher_channels)
         if isinstance(margin, str):
             if margin not in ("calibrated", "running"):
@@ -271,10 +270,8 @@ class OverhaulLoss(DistillationLoss):
             margin = [_norm_behind(teacher, tap) for tap in taps]
         return {
             **ret,
-            **tap_channels(ret, student, teacher),
             "margin": margin,
             "calibration_images": node.CALIBRATION_IMAGES,
-            "connector_norm": node.CONNECTOR_NORM,
             "reduction": node.REDUCTION,
         }
 

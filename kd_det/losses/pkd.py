@@ -1,17 +1,15 @@
 """PKD, general distillation framework for object detectors via Pearson correlation coefficient: arXiv 2207.02039."""
 
 import functools
-from collections.abc import Sequence
 from typing import Optional
 
 import torch
-from detectron2.config import configurable
 from torch import Tensor
 
-from kd_det.connectors import connect_where_different
 from kd_det.losses._ranks import mean_over_ranks, peak_over_ranks
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.connected import ConnectedLoss
 
 __all__ = ["PKDLoss", "pkd_loss"]
 
@@ -65,29 +63,10 @@ def _standardise(x: Tensor, all_ranks: bool) -> Tensor:
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class PKDLoss(DistillationLoss):
+class PKDLoss(ConnectedLoss):
     """:func:`pkd_loss` summed over the pairs of taps, behind a connector where the channels differ."""
 
     name = "pkd"
-
-    @configurable
-    def __init__(
-        self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], connector_norm: str = "", **kwargs
-    ):
-        """
-        Args:
-            student_channels, teacher_channels: one number a tap.
-            connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
-            kwargs: see :class:`DistillationLoss`.
-        """
-        super().__init__(**kwargs)
-        self.connectors = connect_where_different(student_channels, teacher_channels, norm=connector_norm)
-
-    @classmethod
-    def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
-        node = cfg.KD.PKD
-        return {**ret, **tap_channels(ret, student, teacher), "connector_norm": node.CONNECTOR_NORM}
 
     def forward(self, student, teacher, regions):
         pairs = self.pairs(student, teacher, regions)

@@ -40,7 +40,7 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
         return zero_loss(student)
     log_s = F.log_softmax(student / temperature, dim=1)
     log_t = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1).mean()
+    return temperature * temperature * F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1).mean()
 
 
 @DISTILLATION_LOSS_REGISTRY.register()

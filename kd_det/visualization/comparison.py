@@ -30,8 +30,7 @@ def draw_ground_truth(image: np.ndarray, record: dict, metadata: Metadata, *, wi
     """
     visualizer, scale = _visualizer(image, metadata, width)
     annotations = [
-        {**annotation, "bbox": [x * scale for x in annotation["bbox"]]}
-        for annotation in record.get("annotations", [])
+        {**annotation, "bbox": [x * scale for x in annotation["bbox"]]} for annotation in record.get("annotations", [])
     ]
     # Only boxes: masks and keypoints would have to be scaled as well.
     annotations = [{k: a[k] for k in ("bbox", "bbox_mode", "category_id")} for a in annotations]
