@@ -150,13 +150,13 @@ def add_kd_config(cfg: CN) -> None:
 
     # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2. Taps are read two by two,
     # each pair is one flow.
-    node = add_loss_config(cfg, "FSP", weight=0.001, taps=("res2", "res3", "res3", "res4", "res4", "res5"))
+    node = add_loss_config(cfg, "FSP", weight=1e-5, taps=("res2", "res3", "res3", "res4", "res4", "res5"))
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""
 
-    # Gradient-based AT (arXiv 1612.03928, section 3.2), for classifiers; the weight is beta / 2 of Eq. 4. It reads no
-    # taps.
-    add_loss_config(cfg, "GRADIENT_AT", weight=1.0)
+    # Gradient-based AT (arXiv 1612.03928, section 3.2), for classifiers; the weight is beta / 2 of Eq. 4 times the square
+    # of the pixel std, because gradients are per grey value. It reads no taps.
+    add_loss_config(cfg, "GRADIENT_AT", weight=1e4)
 
 
 def check_kd_config(node: CN, name: str = "KD") -> None:

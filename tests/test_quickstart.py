@@ -88,6 +88,20 @@ def test_alone_and_distilled_differ_in_the_teacher_only(tmp_path):
     assert "7" == teacher.command[teacher.command.index("SOLVER.MAX_ITER") + 1]
 
 
+def test_the_distilled_config_is_what_the_arguments_make(tmp_path):
+    """configs/Quickstart/student_distilled.yaml, with KD keys, and --teacher, without: the same run."""
+    args = Namespace(output="output/quickstart", seeds=[0], opts=[])
+    _, pairs = quickstart.plan(args, str(tmp_path))
+    by_arguments = pairs[0][1].cfg()
+    config_file = os.path.join(quickstart.CONFIGS, "student_distilled.yaml")
+    written = quickstart.Run("x", by_arguments.OUTPUT_DIR, ["--config-file", config_file, "SEED", "0"]).cfg()
+    by_arguments, written = (yaml.safe_load(cfg.dump()) for cfg in (by_arguments, written))
+    for kd in (by_arguments["KD"], written["KD"]):
+        assert [loss.removesuffix("Loss") for loss in kd.pop("LOSSES")] == ["NST", "SoftTarget"]
+        assert os.path.samefile(ROOT / kd["TEACHER"].pop("CONFIG_FILE"), quickstart.TEACHER)
+    assert written == by_arguments
+
+
 def test_a_failing_command_is_one_line_for_the_user():
     with pytest.raises(ValueError, match=r"^tools/train_net.py ended with exit status 1"):
         quickstart.run_command(["tools/train_net.py", "--config-file", "/nowhere.yaml"])

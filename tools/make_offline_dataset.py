@@ -24,6 +24,7 @@ HELP = {
     "num_val_crops": "validation crops for classification, 0 for none",
     "crop_size": "side of a crop in pixels",
     "seed": "another seed, another data set",
+    "light": "light digits on dimmed photographs: easier, to learn in minutes",
 }
 
 
@@ -33,6 +34,9 @@ def get_parser():
     parser.add_argument("--output", default=os.path.join(root, "digits"), help="folder, default %(default)s")
     for field in fields(OfflineDatasetOptions):
         option = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(option, action="store_true", help=HELP[field.name])
+            continue
         text = f"{HELP[field.name]}, default %(default)s"
         parser.add_argument(option, type=int, default=field.default, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a data set made before")

@@ -30,6 +30,10 @@ CROP_SIDES = (0.5, 0.85)
 MIN_VISIBLE = 0.7  # of each digit's pixels: the rest may lie outside the picture or under later digits
 MAX_IOU = 0.3  # between boxes: beyond this, crossed strokes make digits that nobody can read
 MIN_CONTRAST = 60.0  # Euclidean, RGB in 0..255, between a digit and the mean of what it is pasted on
+LIGHT_CONTRAST = 90.0  # of brightness in 0..255, by which light digits exceed what they are pasted on ...
+LIGHTEST = 200.0  # ... up to this brightness, so that a colour can be found on a light digit, too
+DIMMED = 0.4  # brightness of the photographs behind light digits
+BRIGHTNESS = (0.114, 0.587, 0.299)  # of B, G, R
 MAX_NOISE = 8.0  # standard deviation, in 0..255
 CELL = 16  # pixels that one of the 8x8 cells becomes before the warp
 
@@ -114,10 +118,11 @@ def render_digit(sample, side, *, angle=0.0, shear=0.0, aspect=1.0, threshold=0.
     return coverage[y0:y1, x0:x1]
 
 
-def render_scene(split, index, *, size, seed):
+def render_scene(split, index, *, size, seed, light=False):
     """
     Draw picture ``index`` of a split: 1 to MAX_OBJECTS digits, ``size`` x ``size`` pixels. The first digit's
-    class is index % 10, so any ten pictures in a row hold every class.
+    class is index % 10, so any ten pictures in a row hold every class. With ``light``, digits are lighter than what
+    they lie on, a dimmed photograph: much easier to learn from scratch than digits of either polarity.
 
     Returns:
         Picture
@@ -125,26 +130,29 @@ def render_scene(split, index, *, size, seed):
     rng = _rng(seed, 0, split, index)
     others = rng.integers(len(DIGIT_CLASSES), size=rng.integers(MAX_OBJECTS))
     labels = [index % len(DIGIT_CLASSES), *(int(label) for label in others)]
-    return _render(rng, load_sources(split), size, labels, SCENE_SIDES)
+    return _render(rng, load_sources(split), size, labels, SCENE_SIDES, light)
 
 
-def render_crop(split, index, *, size, seed):
+def render_crop(split, index, *, size, seed, light=False):
     """
-    Draw one digit of class index % 10 that fills most of a ``size`` x ``size`` picture, to be classified.
+    Draw one digit of class index % 10 that fills most of a ``size`` x ``size`` picture, to be classified. ``light``: as
+    of :func:`render_scene`.
 
     Returns:
         Picture
     """
     rng = _rng(seed, 1, split, index)
-    return _render(rng, load_sources(split), size, [index % len(DIGIT_CLASSES)], CROP_SIDES)
+    return _render(rng, load_sources(split), size, [index % len(DIGIT_CLASSES)], CROP_SIDES, light)
 
 
 def _rng(seed, kind, split, index):
     return np.random.default_rng([seed, kind, SPLITS.index(split), index])
 
 
-def _render(rng, sources, size, labels, sides):
+def _render(rng, sources, size, labels, sides, light):
     image, photo = _background(rng, sources, size)
+    if light:
+        image = image * DIMMED
     placed, masks, areas, full_boxes, digit_ids = [], [], [], [], []
     for label in labels:
         for _ in range(20):  # a digit that finds no free place in 20 tries is left out
@@ -158,7 +166,7 @@ def _render(rng, sources, size, labels, sides):
                 break
         else:
             continue
-        image = _blend(rng, image, alpha, mask)
+        image = _blend(rng, image, alpha, mask, light)
         masks = remaining
         placed.append(label)
         areas.append(area)
@@ -213,11 +221,12 @@ def _acceptable(visible, areas):
     return all(_iou(last, other) <= MAX_IOU for other in others)
 
 
-def _blend(rng, image, alpha, mask):
+def _blend(rng, image, alpha, mask, light):
     below = image[mask].mean(axis=0)
+    least = min(below @ BRIGHTNESS + LIGHT_CONTRAST, LIGHTEST)
     while True:  # ends soon: most of the colour cube is far from any one colour
         colour = rng.uniform(0, 255, size=3)
-        if np.linalg.norm(colour - below) >= MIN_CONTRAST:
+        if colour @ BRIGHTNESS >= least if light else np.linalg.norm(colour - below) >= MIN_CONTRAST:
             break
     alpha = (alpha * rng.uniform(0.75, 1.0))[..., None]
     return image * (1 - alpha) + colour * alpha

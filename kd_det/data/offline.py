@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class OfflineDatasetOptions:
     """
     The files are a function of these alone. Sizes are sides of square pictures in pixels; ``num_crops`` and
-    ``num_val_crops`` count the pictures for classification (0: none).
+    ``num_val_crops`` count the pictures for classification (0: none). ``light``: see :func:`render_scene`.
     """
 
     num_train: int = 1500
@@ -48,6 +48,7 @@ class OfflineDatasetOptions:
     num_val_crops: int = 1000
     crop_size: int = 64
     seed: int = 0
+    light: bool = False
 
     def __post_init__(self):
         # Detectron2's VOC loader cannot read a list of one image. Crops: one per class at least, or none.
@@ -143,7 +144,7 @@ def _write_scenes(root, split, count, options):
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(DIGIT_CLASSES)]
     for index in range(count):
         name = f"{split}_{index:06d}"
-        picture = render_scene(split, index, size=options.size, seed=options.seed)
+        picture = render_scene(split, index, size=options.size, seed=options.seed, light=options.light)
         _write_image(os.path.join(root, "JPEGImages", name + ".jpg"), picture.image)
         ET.ElementTree(_voc_xml(name, picture)).write(os.path.join(root, "Annotations", name + ".xml"))
         image = {"id": index + 1, "file_name": name + ".jpg", "photo": picture.photo}
@@ -174,7 +175,7 @@ def _write_crops(root, split, count, options):
     for folder in folders:
         os.makedirs(folder)
     for index in range(count):
-        picture = render_crop(split, index, size=options.crop_size, seed=options.seed)
+        picture = render_crop(split, index, size=options.crop_size, seed=options.seed, light=options.light)
         _write_image(os.path.join(folders[picture.labels[0]], f"{index:06d}.jpg"), picture.image)
 
 

@@ -121,6 +121,19 @@ def test_digits_stand_out_from_the_photograph():
     mask = np.zeros((8, 8), bool)
     mask[2:5, 2:5] = True
     for _ in range(50):
-        out = digits._blend(rng, image, mask.astype(np.float32), mask)
+        out = digits._blend(rng, image, mask.astype(np.float32), mask, light=False)
         assert np.array_equal(out[~mask], image[~mask])
         assert np.linalg.norm(out[3, 3] - 90) >= 0.75 * digits.MIN_CONTRAST
+
+
+def test_light_digits_are_lighter_than_what_they_lie_on():
+    weights = np.array(digits.BRIGHTNESS)
+    for index in range(10):
+        picture = render_scene("val", index, size=96, seed=0, light=True)
+        brightness = picture.image.astype(float) @ weights
+        under = np.ones(brightness.shape, bool)
+        for x0, y0, x1, y1 in picture.boxes.astype(int):
+            under[y0:y1, x0:x1] = False
+        assert brightness[under].max() < 255 * digits.DIMMED + 5 * digits.MAX_NOISE
+        for x0, y0, x1, y1 in picture.boxes.astype(int):
+            assert np.percentile(brightness[y0:y1, x0:x1], 90) > brightness[under].mean() + digits.LIGHT_CONTRAST / 2
