@@ -22,8 +22,8 @@ def has_event_storage() -> bool:
 
 def _import_model_zoo() -> types.ModuleType:
     """
-    ``detectron2.model_zoo``. Both versions ask pkg_resources, which setuptools 82 dropped, for the path of a file; where
-    it is gone, a stand-in with that one function answers, and is in nobody else's way afterwards.
+    ``detectron2.model_zoo``. Main asks pkg_resources, which setuptools 82 dropped, for the path of a file; where it is
+    gone, a stand-in with that one function answers, and is in nobody else's way afterwards.
     """
     missing = importlib.util.find_spec("pkg_resources") is None
     if missing:

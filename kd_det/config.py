@@ -154,8 +154,8 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""
 
-    # Gradient-based AT (arXiv 1612.03928, section 3.2), for classifiers; the weight is beta / 2 of Eq. 4 times the square
-    # of the pixel std, because gradients are per grey value. It reads no taps.
+    # Gradient-based AT (arXiv 1612.03928, section 3.2), for classifiers; the weight is beta / 2 of Eq. 4 times the
+    # square of the pixel std, because gradients are per grey value. It reads no taps.
     add_loss_config(cfg, "GRADIENT_AT", weight=1e4)
 
 

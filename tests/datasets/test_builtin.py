@@ -90,7 +90,8 @@ def test_coco_through_the_builtin_loader_and_evaluator(datasets, tmp_path, evalu
     assert found[0]["AP"] == found[0]["AP50"] == found[0]["AP-dog"] == pytest.approx(100)
     # A box w wide, moved by 4 pixels, has IoU (w - 4) / (w + 4) with where it was: the two people, 32 and 36 wide,
     # 0.778 and 0.8. Of COCO's ten thresholds both are found at six (0.5 to 0.75). At 0.8 only the second is, and the
-    # miss is ranked before it (equal scores keep the order of images): precision 1/2 up to recall 1/2, 51 of 101 points.
+    # miss is ranked before it (equal scores keep the order of images): precision 1/2 up to recall 1/2, 51 of the 101
+    # points.
     assert found[4]["AP-person"] == pytest.approx(60 + 10 * 0.5 * 51 / 101)
     assert found[4]["AP50"] == pytest.approx(100)
 
