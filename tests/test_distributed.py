@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.engine import RESUMABLE
 from kd_det.engine.launch import _create_local_process_group
-from kd_det.losses import DISTILLATION_LOSS_REGISTRY
-from tests.tiny import batch, distillation_cfg, tiny_cfg
+from tests.tiny import LOSSES, batch, distillation_cfg, tiny_cfg
 from tests.tiny_run import ALL_LOSSES, differing, run_cfg, train
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +98,7 @@ def step(cfg, images) -> dict:
 
 # Every loss of a detector; norms of the whole batch, and margins of the images seen so far.
 CASES = {
-    **{name: {} for name, _ in DISTILLATION_LOSS_REGISTRY if name != "GradientAttentionLoss"},
+    **{name: {} for name in LOSSES if name != "GradientAttentionLoss"},
     "OverhaulLoss": {"KD__OVERHAUL__CONNECTOR_NORM": "FrozenBN", "KD__OVERHAUL__MARGIN": "running"},
     "SimilarityLoss images": {"KD__SIMILARITY__SAMPLES": "images"},
 }

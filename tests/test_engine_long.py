@@ -12,12 +12,11 @@ from detectron2.solver import build_optimizer
 from torch import Tensor
 
 from kd_det.checkpoint import SafeCheckpointer
-from kd_det.losses import DISTILLATION_LOSS_REGISTRY
-from tests.tiny import batch, distillation_cfg
+from tests.tiny import LOSSES, batch, distillation_cfg
 from tests.tiny_run import ALL_LOSSES
 
 # Every loss of a detector.
-DETECTION_LOSSES = sorted(name for name, _ in DISTILLATION_LOSS_REGISTRY if name != "GradientAttentionLoss")
+DETECTION_LOSSES = sorted(name for name in LOSSES if name != "GradientAttentionLoss")
 
 
 def state(model) -> dict:

@@ -9,9 +9,12 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from detectron2.structures import Boxes, Instances
 
-from kd_det import add_kd_config
+from kd_det import DISTILLATION_LOSS_REGISTRY, add_kd_config
 
 NUM_CLASSES = 3
+
+# The losses of kd_det, without those that tests register.
+LOSSES = sorted(name for name, cls in DISTILLATION_LOSS_REGISTRY if cls.__module__.startswith("kd_det."))
 
 
 def tiny_resnet(cfg: CfgNode) -> ResNet:
