@@ -256,7 +256,7 @@ def no_process_left():
             process.wait(60)
 
 
-def finish(process: subprocess.Popen, timeout: float = 180) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = 600) -> tuple[int, str]:
     process.wait(timeout)
     return process.returncode, process.stderr_path.read_text()
 
@@ -290,7 +290,7 @@ def test_launch_torchrun_and_two_machines_train_alike(tmp_path):
 
 
 def wait_for(path: Path, process: subprocess.Popen):
-    for _ in range(600):
+    for _ in range(3000):
         if path.exists() and path.stat().st_size:
             return
         assert process.poll() is None, process.stderr_path.read_text()

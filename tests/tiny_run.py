@@ -72,7 +72,7 @@ def train(cfg: CfgNode, *, resume: bool = False, trainer_class=Trainer) -> Train
     return trainer
 
 
-def in_process(target, *args, timeout: float = 60) -> int:
+def in_process(target, *args, timeout: float = 300) -> int:
     """Call ``target(*args)`` in a forked process; returns its exit status, negative for a signal."""
     process = multiprocessing.get_context("fork").Process(target=target, args=args)
     process.start()

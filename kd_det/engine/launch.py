@@ -1,9 +1,11 @@
 """Detectron2's ``launch``, also without a GPU and also under torchrun."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 import torch
@@ -42,12 +44,13 @@ def launch(main: Callable, args) -> None:
         _run(main, args)
         return
     where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-    _pass_signals_on()
     try:
-        if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
-            detectron2_launch(_run, *where, args=(main, args))
-        else:  # v0.6 insists on CUDA
-            torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
+        # This process only waits: a request to stop is for the processes that train, which then end it.
+        with _handling(_pass_on, signal.SIGTERM, signal.SIGINT):
+            if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
+                detectron2_launch(_run, *where, args=(main, args))
+            else:  # v0.6 insists on CUDA
+                torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
     except torch_multiprocessing.ProcessExitedException as e:
         if e.exit_code < 0:
             print(f"error: process {e.error_index} was killed by {e.signal_name}; all were ended", file=sys.stderr)
@@ -59,8 +62,8 @@ def launch(main: Callable, args) -> None:
 
 def _run(main: Callable, args):
     # Until training begins and answers signals itself there is nothing to save: the run can be started again.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUMABLE))
-    run_tool(main, args)
+    with _handling(lambda *_: sys.exit(RESUMABLE), signal.SIGTERM):
+        run_tool(main, args)
 
 
 def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, dist_url, args):
@@ -97,13 +100,21 @@ def _create_local_process_group(num_processes: int):
             comm._LOCAL_PROCESS_GROUP = group
 
 
-def _pass_signals_on():
-    """This process only waits: a request to stop is for the processes that train, which then end it."""
+def _pass_on(signum, frame):
+    for child in multiprocessing.active_children():
+        # A terminal sends SIGINT to the children too, and a second SIGINT would end them at once.
+        os.kill(child.pid, signal.SIGTERM)
 
-    def pass_on(signum, frame):
-        for child in multiprocessing.active_children():
-            # A terminal sends SIGINT to the children too, and a second SIGINT would end them at once.
-            os.kill(child.pid, signal.SIGTERM)
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, pass_on)
+@contextlib.contextmanager
+def _handling(handler: Callable, *signums: int):
+    """Handle signals in this way inside, if this is the main thread; others may not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {signum: signal.signal(signum, handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)
