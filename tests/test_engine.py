@@ -187,6 +187,27 @@ def test_mixed_precision_trains_in_bfloat16_on_the_cpu(tmp_path):
     assert all(value.dtype != torch.bfloat16 for value in load(cfg)["model"].values())
 
 
+def test_gradients_are_scaled_and_the_scale_is_resumed(tmp_path):
+    """As on a GPU in float16; here the scaler runs on the CPU."""
+    cfg = run_cfg(tmp_path, "NST")
+    train(cfg)
+
+    class Scaled(Trainer):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+    scaled = cfg.clone()
+    scaled.OUTPUT_DIR = str(tmp_path / "scaled")
+    trainer = train(scaled, trainer_class=Scaled)
+    assert trainer._trainer.grad_scaler.get_scale() == 1024 * 2**3  # doubled every other of 6 steps
+    assert load(scaled)["trainer"]["_trainer"]["grad_scaler"]["scale"] == 8192
+    for key, value in load(cfg)["model"].items():  # a power of 2 rounds nothing
+        torch.testing.assert_close(load(scaled)["model"][key], value, rtol=1e-5, atol=1e-6)
+    scaled.SOLVER.MAX_ITER = 8
+    assert train(scaled, resume=True, trainer_class=Scaled)._trainer.grad_scaler.get_scale() == 1024 * 2**4
+
+
 # The shortest way in.
 
 
