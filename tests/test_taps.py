@@ -1,6 +1,7 @@
+from unittest import mock
+
 import pytest
 import torch
-from detectron2.layers import get_norm
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, DeformBottleneckBlock, ResNet
 from torch import nn
@@ -10,16 +11,15 @@ from kd_det.taps import Taps, tap_module, tap_names, tap_shape
 from tests.tiny import batch, tiny_cfg
 
 
-class FakeDeformConv(nn.Module):
+class FakeDeformConv(nn.Conv2d):
     """DeformConv needs Detectron2's compiled operators; the block around it does not care what is inside."""
 
-    def __init__(self, channels, out_channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
-        self.norm = get_norm("BN", out_channels)
+    def __init__(self, channels, out_channels, *, deformable_groups, norm, **kwargs):
+        super().__init__(channels, out_channels, **kwargs)
+        self.norm = norm
 
     def forward(self, x, offset):
-        return self.norm(self.conv(x)) + offset.mean()
+        return self.norm(super().forward(x)) + offset.mean()
 
 
 def basic(norm="BN"):
@@ -35,9 +35,8 @@ def bottleneck(norm="BN"):
 
 
 def deform_bottleneck(norm="BN"):
-    block = DeformBottleneckBlock(6, 8, bottleneck_channels=4, norm=norm)
-    block.conv2 = FakeDeformConv(4, 4)
-    return block
+    with mock.patch("detectron2.modeling.backbone.resnet.DeformConv", FakeDeformConv):
+        return DeformBottleneckBlock(6, 8, bottleneck_channels=4, norm=norm)
 
 
 def pre_activation_by_hand(block, x):
