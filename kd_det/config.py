@@ -112,6 +112,8 @@ def add_kd_config(cfg: CN) -> None:
     node = add_loss_config(cfg, "SIMILARITY", weight=1.0, taps=("p5",))
     # "regions": of the student's sampled proposals (taps are not read); "images": of all ranks, at the taps.
     node.SAMPLES = "regions"
+    # With "regions", how many the images of all ranks bring together, their foreground first.
+    node.MAX_REGIONS = 512
     # With "images", each map is average-pooled to GRID x GRID.
     node.GRID = 8
 

@@ -117,9 +117,7 @@ class RegionHead:
                 matched = matched[foreground]
                 index.append(foreground + offset)
                 classes.append(truth.gt_classes[matched])
-                deltas.append(
-                    transform.get_deltas(regions.tensor[foreground], truth.gt_boxes.tensor[matched])
-                )
+                deltas.append(transform.get_deltas(regions.tensor[foreground], truth.gt_boxes.tensor[matched]))
             offset += len(regions)
         if not index:
             nothing = boxes[0].tensor.new_zeros(0)
@@ -276,6 +274,14 @@ class Regions:
                 for stage, (boxes, student) in enumerate(self._student_stages)
             ]
         return self._pairs
+
+    def first_regions(self, stage: int, most: int) -> Tensor:
+        """Which of the regions in ``region_pairs()[stage]`` are among the first ``most`` of their image: an index."""
+        offset, first = 0, []
+        for boxes in self._student_stages[stage][0]:
+            first.append(torch.arange(offset, offset + min(most, len(boxes)), device=boxes.device))
+            offset += len(boxes)
+        return torch.cat(first)
 
     def input_gradients(self) -> Tuple[List[Tensor], List[Tensor]]:
         """

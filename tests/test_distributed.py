@@ -56,9 +56,7 @@ def on_two_ranks(tmp_path, target, *args) -> list:
     """What ``target(*args)`` returns in each of two forked processes."""
     results = tmp_path / "results"
     results.mkdir(exist_ok=True)
-    multiprocessing.start_processes(
-        _rank, (free_port(), target, args, str(results)), nprocs=2, start_method="fork"
-    )
+    multiprocessing.start_processes(_rank, (free_port(), target, args, str(results)), nprocs=2, start_method="fork")
     return [torch.load(path) if (path := results / f"{rank}.pth").exists() else None for rank in range(2)]
 
 
@@ -101,6 +99,7 @@ CASES = {
     **{name: {} for name in LOSSES if name != "GradientAttentionLoss"},
     "OverhaulLoss": {"KD__OVERHAUL__CONNECTOR_NORM": "FrozenBN", "KD__OVERHAUL__MARGIN": "running"},
     "SimilarityLoss images": {"KD__SIMILARITY__SAMPLES": "images"},
+    "SimilarityLoss some": {"KD__SIMILARITY__MAX_REGIONS": 24},
 }
 
 

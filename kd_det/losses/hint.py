@@ -51,6 +51,4 @@ class HintLoss(ConnectedLoss):
 
     def forward(self, student, teacher, regions):
         pairs = self.pairs(student, teacher, regions)
-        return sum(
-            hint_loss(connector(s), t, valid=valid) for connector, (s, t, valid) in zip(self.connectors, pairs)
-        )
+        return sum(hint_loss(connector(s), t, valid=valid) for connector, (s, t, valid) in zip(self.connectors, pairs))

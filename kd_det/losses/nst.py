@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from kd_det.errors import unknown_name
+from kd_det.losses._products import self_product
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss
 
@@ -179,7 +180,7 @@ class _GramMMD(Function):
         sigma2 = _mean_squared_distance(s, t, rs, rt) if kernel is _gaussian else None
         total = s.new_zeros(len(s))
         for rows in _row_blocks(t):
-            products = torch.bmm(t[:, rows], t.mT).mul_(rt[:, rows]).mul_(rt.mT)
+            products = _own_products(rows, t).mul_(rt[:, rows]).mul_(rt.mT)
             total += kernel(products, _alive(rt[:, rows]), _alive(rt.mT), sigma2)[0].sum((1, 2)) / t.shape[1] ** 2
         ctx.kernel = kernel
         row_blocks = list(_row_blocks(s))
@@ -212,6 +213,11 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
     return (slice(i, min(i + rows, c)) for i in range(0, c, rows))
 
 
+def _own_products(rows: slice, x: Tensor) -> Tensor:
+    """(N, rows, C): products of some channels with all."""
+    return self_product(x) if rows == slice(0, x.shape[1]) else torch.bmm(x[:, rows], x.mT)
+
+
 def _student_rows(
     rows: slice, s: Tensor, t: Tensor, rs: Tensor, rt: Tensor, sigma2: Optional[Tensor], kernel: Kernel
 ) -> Tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +229,7 @@ def _student_rows(
     """
     cs, ct = s.shape[1], t.shape[1]
     r = rs[:, rows]
-    own = torch.bmm(s[:, rows], s.mT).mul_(r).mul_(rs.mT)
+    own = _own_products(rows, s).mul_(r).mul_(rs.mT)
     cross = torch.bmm(s[:, rows], t.mT).mul_(r).mul_(rt.mT)
     own_value, own_slope = kernel(own, _alive(r), _alive(rs.mT), sigma2)
     cross_value, cross_slope = kernel(cross, _alive(r), _alive(rt.mT), sigma2)
@@ -279,6 +285,4 @@ class NSTLoss(DistillationLoss):
         return {**ret, "kernel": node.KERNEL, "degree": node.DEGREE, "offset": node.OFFSET}
 
     def forward(self, student, teacher, regions):
-        return sum(
-            nst_loss(s, t, valid=valid, **self.options) for s, t, valid in self.pairs(student, teacher, regions)
-        )
+        return sum(nst_loss(s, t, valid=valid, **self.options) for s, t, valid in self.pairs(student, teacher, regions))

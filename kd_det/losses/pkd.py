@@ -15,9 +15,7 @@ __all__ = ["PKDLoss", "pkd_loss"]
 
 
 @full_precision
-def pkd_loss(
-    student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = None, all_ranks: bool = False
-) -> Tensor:
+def pkd_loss(student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = None, all_ranks: bool = False) -> Tensor:
     """
     Half the mean squared error between both maps, each channel standardised over the batch and its positions (equation
     4), which is 1 - Pearson's correlation of the channel.

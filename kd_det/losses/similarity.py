@@ -3,10 +3,12 @@
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
+from detectron2.utils import comm
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from kd_det.losses._products import self_product
 from kd_det.losses._ranks import gather_samples
 from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
@@ -57,12 +59,12 @@ def _similarity(samples: Tensor) -> Tensor:
 
 
 class _SelfProduct(Function):
-    """``x x^T`` for (b, d), whose backward is one product where that of ``x @ x.T`` is two."""
+    """``x x^T`` for (b, d): half the entries forward, and backward one product where that of ``x @ x.T`` takes two."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x @ x.T
+        return self_product(x[None])[0]
 
     @staticmethod
     @once_differentiable
@@ -77,16 +79,21 @@ class SimilarityLoss(DistillationLoss):
     """
     :func:`similarity_preserving_loss` where a batch has enough samples for it: over the regions that the student
     samples (hundreds an image), or over the images. Samples are those of all ranks; gradients flow to the local ones.
+
+    Every sample is compared with every other, so the cost of regions would grow with the square of the images. Each
+    image brings the first of its regions only, so that all bring ``max_regions`` together. Detectron2 lists an image's
+    foreground first, in random order.
     """
 
     name = "similarity"
 
     @configurable
-    def __init__(self, *, samples: str = "regions", grid: int = 8, **kwargs):
+    def __init__(self, *, samples: str = "regions", max_regions: int = 512, grid: int = 8, **kwargs):
         """
         Args:
             samples: "regions": the pooled features of the sampled regions, from both networks; taps are not read.
                 "images": the maps at the taps.
+            max_regions: with "regions", how many all images of all ranks bring together, at least one each.
             grid: with "images", every image's valid part is average-pooled to (grid, grid), so that images of
                 different sizes compare and padding does not count.
             kwargs: see :class:`DistillationLoss`.
@@ -94,6 +101,8 @@ class SimilarityLoss(DistillationLoss):
         super().__init__(**kwargs)
         if samples not in ("regions", "images"):
             raise ValueError(f"SimilarityLoss: samples must be 'regions' or 'images', found {samples!r}.")
+        if max_regions < 2:
+            raise ValueError(f"SimilarityLoss: max_regions must be at least 2, found {max_regions}.")
         if grid < 1:
             raise ValueError(f"SimilarityLoss: grid must be at least 1, found {grid}.")
         if samples == "images" and not self.student_taps:
@@ -101,6 +110,7 @@ class SimilarityLoss(DistillationLoss):
         self.needs_regions = samples == "regions"
         if self.needs_regions:
             self.student_taps = self.teacher_taps = ()
+        self.max_regions = max_regions
         self.grid = grid
 
     @classmethod
@@ -112,12 +122,18 @@ class SimilarityLoss(DistillationLoss):
                 f"SimilarityLoss compares the images of a batch with each other: SOLVER.IMS_PER_BATCH must be at least "
                 f"2, found {cfg.SOLVER.IMS_PER_BATCH}; or set KD.SIMILARITY.SAMPLES 'regions'."
             )
-        return {**ret, "samples": node.SAMPLES, "grid": node.GRID}
+        return {**ret, "samples": node.SAMPLES, "max_regions": node.MAX_REGIONS, "grid": node.GRID}
 
     def forward(self, student, teacher, regions):
         if self.needs_regions:
-            pairs = [(gather_samples(s.features), gather_samples(t.features)) for s, t in regions.region_pairs()]
-            return sum(similarity_preserving_loss(s, t) for s, t in pairs) / len(pairs)
+            images = sum(comm.all_gather(len(regions.image_sizes)))
+            pairs = regions.region_pairs()
+            total = 0.0
+            for stage, outputs in enumerate(pairs):
+                first = regions.first_regions(stage, max(1, self.max_regions // images))
+                s, t = (gather_samples(output.features[first]) for output in outputs)
+                total = total + similarity_preserving_loss(s, t)
+            return total / len(pairs)
         total = 0.0
         for s, t, _ in self.pairs(student, teacher, regions):
             s, t = gather_samples(self._to_grid(s, regions)), gather_samples(self._to_grid(t, regions))

@@ -248,6 +248,19 @@ class TestSimilarity:
         assert len(s.features) == 32
         assert value.item() == similarity_preserving_loss(s.features, t.features).item() > 0
 
+    def test_every_image_brings_as_many_regions_and_all_together_no_more_than_asked(self, tmp_path):
+        model = build_model(distillation_cfg(tmp_path, "Similarity", KD__SIMILARITY__MAX_REGIONS=11)).train()
+        loss = model.losses["similarity"]
+        seen = []
+        loss.register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
+        model(batch())  # two images of 16 regions
+        ((regions, value),) = seen
+        ((s, t),) = regions.region_pairs()
+        index = [*range(5), *range(16, 21)]
+        assert value.item() == similarity_preserving_loss(s.features[index], t.features[index]).item() > 0
+        with pytest.raises(ValueError, match="max_regions must be at least 2, found 1"):
+            SimilarityLoss(max_regions=1)
+
     def test_over_images_pools_the_valid_part_to_a_grid(self, regions):
         loss = SimilarityLoss(student_taps=["p3"], samples="images", grid=2)
         student, teacher = torch.randn(2, 4, 8, 12), torch.randn(2, 6, 8, 12)
