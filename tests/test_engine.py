@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from kd_det import student_cfg
 from kd_det.engine import Trainer, add_teacher, argument_parser, check_run, evaluate, load_config, parse_arguments
 from kd_det.engine.step import MOST_SKIPPED_IN_A_ROW
-from tests.tiny import tiny_cfg
+from tests.tiny import distillation_cfg, tiny_cfg
 from tests.tiny_run import differing, run_cfg, train
 
 
@@ -257,6 +257,13 @@ def test_the_users_own_keys_win(tmp_path):
     assert cfg.KD.LOSSES == ("NST", "Hint") and cfg.KD.NST.STUDENT_TAPS == ("p4",) and cfg.KD.HINT.WEIGHT == 0.5
 
 
+def test_losses_of_a_config_that_has_a_teacher(tmp_path):
+    cfg = distillation_cfg(tmp_path, "NST", "Hint")
+    assert load_config(arguments(tmp_path, cfg, "--losses", "AttentionTransfer")).KD.LOSSES == ("AttentionTransfer",)
+    with pytest.raises(ValueError, match="--losses needs --teacher, or a config that names a teacher"):
+        load_config(arguments(tmp_path, tiny_cfg(), "--losses", "NST"))
+
+
 def test_it_draws_nothing_at_random(tmp_path):
     cfg, teacher = tiny_cfg(), teacher_file(tmp_path)
     torch.manual_seed(0)
@@ -275,8 +282,7 @@ def test_it_draws_nothing_at_random(tmp_path):
         (["--num-machines", "2", "--machine-rank", "2"], r"must be in 0\.\.1, found 2"),
         (["--machine-rank", "-1"], "must be in 0"),
         (["--num-machines", "2", "--dist-url", "auto"], "tcp://HOST:PORT"),
-        (["--losses", "NST"], "need --teacher"),
-        (["--teacher-weights", "a.pth"], "need --teacher"),
+        (["--teacher-weights", "a.pth"], "needs --teacher"),
         (["SOLVER.MAX_ITER"], "expected KEY VALUE pairs"),
         (["SOLVER.MAX_ITER", "3", "--resume"], "expected KEY VALUE pairs"),
         (["--resume", "5"], "expected KEY VALUE pairs"),

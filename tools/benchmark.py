@@ -5,7 +5,7 @@ What distillation costs.
     tools/benchmark.py losses                                 # every founding loss at p2..p6 of an 800x1333 image
     tools/benchmark.py losses --losses nst --levels p5 --channels 2048
     tools/benchmark.py losses --device cuda --json losses.json
-    tools/benchmark.py step --config-file configs/Quickstart/student_distilled.yaml
+    tools/benchmark.py step --config-file configs/Quickstart/student_distilled.yaml --losses all
     tools/benchmark.py step --config-file student.yaml --teacher teacher.yaml --losses all
 
 ``losses`` times forward and backward of each loss beside its floor, the arithmetic that no implementation can avoid,
@@ -13,7 +13,8 @@ taken in turns in the same run, and measures the memory that the loss needs on t
 included. The ratio is that of the best times; on maps that fit the CPU's cache, calls cost more than arithmetic.
 
 ``step`` times a training step of the plain student, the teacher's features alone, and the distillation step,
-in turns, on random images of the config's test size. Weights are random: neither speed nor memory depends on them.
+in turns, on random images of the config's test size. Weights are random, with residual branches damped so that deep
+networks keep finite features and the student samples as many regions as in training.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from typing import Callable, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import ResNetBlockBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
@@ -226,9 +229,7 @@ def benchmark_step(args: argparse.Namespace) -> None:
     height, width = input_size(cfg)
     batch = random_batch(args.batch, height, width, model.student)
     parameters = {"plain": list(model.student.parameters()), "distillation": list(model.parameters())}
-    optimizers = {
-        name: torch.optim.SGD([p for p in ps if p.requires_grad], lr=1e-6) for name, ps in parameters.items()
-    }
+    optimizers = {name: torch.optim.SGD([p for p in ps if p.requires_grad], lr=1e-6) for name, ps in parameters.items()}
 
     def train(network: torch.nn.Module, name: str) -> None:
         with EventStorage():
@@ -271,13 +272,24 @@ def step_config(args: argparse.Namespace) -> CfgNode:
 
 def build_distiller(cfg: CfgNode) -> Distiller:
     """The config's Distiller, with a teacher of random weights and margins at 0."""
-    student = build_student(cfg).to(cfg.MODEL.DEVICE)
-    teacher = build_teacher_architecture(get_teacher_cfg(cfg)).to(cfg.MODEL.DEVICE)
+    student, teacher = build_student(cfg), build_teacher_architecture(get_teacher_cfg(cfg))
+    for network in (student, teacher):
+        damp_residuals(network.to(cfg.MODEL.DEVICE))
     losses = build_losses(cfg, student, teacher)
     for loss in losses:
         loss.images_to_observe = lambda: 0
     model = Distiller(student=student, teacher=teacher, losses=losses, input_format=cfg.INPUT.FORMAT)
     return model.to(cfg.MODEL.DEVICE).train()
+
+
+@torch.no_grad()
+def damp_residuals(network: torch.nn.Module) -> None:
+    """Frozen norms of untrained networks normalise nothing: the sum over many blocks would leave float32's range."""
+    for block in network.modules():
+        if isinstance(block, ResNetBlockBase):
+            for norm in block.modules():
+                if isinstance(norm, FrozenBatchNorm2d):
+                    norm.weight.fill_(0.3)
 
 
 def random_batch(images: int, height: int, width: int, student: torch.nn.Module) -> List[Dict]:

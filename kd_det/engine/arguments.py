@@ -21,11 +21,13 @@ __all__ = ["add_teacher", "argument_parser", "load_config", "parse_arguments", "
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, and the shortest way from a plain config to a distillation run."""
     parser = default_argument_parser()
-    group = parser.add_argument_group("distillation of a plain Detectron2 config")
+    group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", metavar="NAME_OR_YAML", help="the teacher's config: a file or a model-zoo name")
     group.add_argument("--teacher-weights", metavar="FILE", default="", help="default: the zoo entry's checkpoint")
     group.add_argument(
-        "--losses", metavar="NST,...", help="default: NST,SoftTarget if both have ROI heads, NST otherwise"
+        "--losses",
+        metavar="NST,...",
+        help="default: the config's; with --teacher, NST,SoftTarget if both have ROI heads, NST otherwise",
     )
     return parser
 
@@ -39,8 +41,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv=None) -> argparse.Name
         parser.error(f"--machine-rank must be in 0..{args.num_machines - 1}, found {args.machine_rank}")
     if args.dist_url == "auto" and args.num_machines > 1:
         parser.error("--dist-url auto works on one machine; several need the first one's address, tcp://HOST:PORT")
-    if (args.losses or args.teacher_weights) and not args.teacher:
-        parser.error("--losses and --teacher-weights need --teacher")
+    if args.teacher_weights and not args.teacher:
+        parser.error("--teacher-weights needs --teacher (or KD.TEACHER.WEIGHTS, for the teacher that the config names)")
     if len(args.opts) % 2 or any(not re.fullmatch(r"[A-Z0-9_]+(\.[A-Za-z0-9_]+)*", key) for key in args.opts[::2]):
         parser.error(f"expected KEY VALUE pairs at the end, such as SOLVER.BASE_LR 0.01; found {' '.join(args.opts)}")
     return args
@@ -65,9 +67,14 @@ def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
     if args.config_file:
         merge_config_file(cfg, args.config_file)
     merge_options(cfg, args.opts, where="KEY VALUE")
-    if args.teacher and not args.eval_only:
-        losses = args.losses.split(",") if args.losses else None
-        add_teacher(cfg, args.teacher, weights=args.teacher_weights, losses=losses)
+    losses = args.losses.split(",") if args.losses else None
+    if (args.teacher or losses) and not args.eval_only:
+        if args.teacher:
+            add_teacher(cfg, args.teacher, weights=args.teacher_weights, losses=losses)
+        elif cfg.MODEL.META_ARCHITECTURE == "Distiller":
+            cfg.KD.LOSSES = tuple(losses)
+        else:
+            raise UserError("--losses needs --teacher, or a config that names a teacher (KD.TEACHER.CONFIG_FILE)")
         pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
         # The user's own KD keys win over what the arguments imply.
         merge_options(cfg, [x for pair in pairs if pair[0].startswith("KD.") for x in pair], where="KEY VALUE")
