@@ -1,4 +1,4 @@
-"""How large the distillation losses and their gradients are beside the detection losses; weights to balance them."""
+"""How large the distillation losses and their gradients are beside the student's own; weights to balance them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class LossSize:
     Means over batches, at the weights that the model has.
 
     Attributes:
-        name: "detection" for the sum of the student's own losses, or a distillation loss' name.
-        weight: its weight; 1 for "detection".
+        name: "task" for the sum of the student's own losses, or a distillation loss' name.
+        weight: its weight; 1 for "task".
         value: the weighted loss.
         gradient: L2 norm of the weighted loss' gradient at the student's parameters.
-        proposed: the weight at which that norm is ``share`` of the detection losses'; None for "detection".
+        proposed: the weight at which that norm is ``share`` of the task's; None for "task".
     """
 
     name: str
@@ -36,13 +36,13 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     """
     Measure every loss of a Distiller and its gradient over some batches. Nothing is trained.
 
-    Gradients are compared at the student's own parameters that the detection losses reach: what a loss asks of its
-    connectors does not compete with detection. Schedules are measured as they stand at the current iteration.
+    Gradients are compared at the student's own parameters that the task losses reach: what a loss asks of its
+    connectors does not compete with the task. Schedules are measured as they stand at the current iteration.
 
     Args:
         model: in training mode, inside an ``EventStorage``.
         batches: training batches; 5 to 20 steady the means.
-        share: the proposed weight makes a loss' gradient so large a part of the detection losses' gradient.
+        share: the proposed weight makes a loss' gradient so large a part of the task's gradient.
 
     Raises:
         ValueError: no batch, a share that is not positive, or a model without losses.
@@ -57,7 +57,7 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     for batched_inputs in batches:
         losses = model(batched_inputs)
         terms = {name: losses.pop(loss.key) for name, loss in model.losses.items()}
-        terms["detection"] = sum(losses.values())
+        terms["task"] = sum(losses.values())
         for name, term in terms.items():
             value, norm = term.item(), _gradient_norm(term, parameters)
             sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), (value, norm))]
@@ -65,11 +65,11 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     if not count:
         raise ValueError("There is no batch to measure losses on.")
     means = {name: [total / count for total in totals] for name, totals in sums.items()}
-    detection = LossSize("detection", 1.0, *means["detection"], None)
-    ret = [detection]
+    task = LossSize("task", 1.0, *means["task"], None)
+    ret = [task]
     for name, loss in model.losses.items():
         value, gradient = means[name]
-        proposed = loss.weight * share * detection.gradient / gradient if gradient else None
+        proposed = loss.weight * share * task.gradient / gradient if gradient else None
         ret.append(LossSize(name, loss.weight, value, gradient, proposed))
     return ret
 
@@ -88,5 +88,5 @@ def format_sizes(sizes: list[LossSize]) -> str:
         (s.name, s.weight, s.value, s.gradient, s.gradient / reference if reference else None, s.proposed)
         for s in sizes
     ]
-    headers = ("loss", "weight", "value", "gradient", "of detection's", "proposed weight")
+    headers = ("loss", "weight", "value", "gradient", "of the task's", "proposed weight")
     return tabulate(rows, headers=headers, floatfmt=".3g", tablefmt="simple")

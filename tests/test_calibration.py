@@ -28,7 +28,7 @@ def test_values_gradients_and_proposals(tmp_path):
             m.momentum = 0.0  # measuring must be repeatable here; running statistics do move
     torch.manual_seed(0)
     sizes = measure_losses(model, [batch()], share=0.25)
-    assert [s.name for s in sizes] == ["detection", "nst", "hint"]
+    assert [s.name for s in sizes] == ["task", "nst", "hint"]
     for size, keys in zip(sizes, ((), ("loss_nst",), ("loss_hint",))):
         value, gradient = gradient_norm(model, keys)
         assert size.value == pytest.approx(value, rel=1e-5)
@@ -44,8 +44,8 @@ def test_the_proposed_weight_has_the_proposed_gradient(tmp_path):
     _, nst = measure_losses(model, [batch()], share=0.3)
     model.losses["nst"].weight = nst.proposed
     torch.manual_seed(0)
-    detection, nst = measure_losses(model, [batch()], share=0.3)
-    assert nst.gradient == pytest.approx(0.3 * detection.gradient, rel=1e-3)
+    task, nst = measure_losses(model, [batch()], share=0.3)
+    assert nst.gradient == pytest.approx(0.3 * task.gradient, rel=1e-3)
     assert nst.proposed == pytest.approx(nst.weight, rel=1e-3)
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """
-Measure the distillation losses of a config against its detection losses, and propose weights.
+Measure the distillation losses of a config against the student's own losses, and propose weights.
 
     tools/suggest_weights.py --config-file configs/Quickstart/student_distilled.yaml --batches 10
     tools/suggest_weights.py --config-file any_student.yaml --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml
+    tools/suggest_weights.py --config-file configs/Classification/Digits/nst.yaml
 
-Measured at MODEL.WEIGHTS. Detection losses shrink faster than most distillation losses, so a weight found at the start
-of training is a starting point, not an optimum.
+Measured at MODEL.WEIGHTS. The student's own losses shrink faster than most distillation losses, so a weight found at
+the start of training is a starting point, not an optimum.
 """
 
 import itertools
@@ -16,15 +17,18 @@ from detectron2.utils.events import EventStorage
 
 from kd_det.calibration import format_sizes, measure_losses
 from kd_det.checkpoint import SafeCheckpointer
-from kd_det.engine import Trainer, argument_parser, check_run, load_config, parse_arguments, run_tool
+from kd_det.classification import register_configured
+from kd_det.classification.trainer import trainer_class
+from kd_det.engine import argument_parser, check_run, load_config, parse_arguments, run_tool
 
 
 def main(args):
     cfg = load_config(args)
+    register_configured(cfg)
     check_run(cfg, args)
     model = build_model(cfg).train()
     SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    batches = itertools.islice(Trainer.build_train_loader(cfg), args.batches)
+    batches = itertools.islice(trainer_class(cfg).build_train_loader(cfg), args.batches)
     with EventStorage():
         sizes = measure_losses(model, batches, share=args.share)
     print(format_sizes(sizes))
@@ -34,8 +38,14 @@ def main(args):
     print()
 
 
-if __name__ == "__main__":
+def get_parser():
     parser = argument_parser()
     parser.add_argument("--batches", type=int, default=8, help="training batches to measure on")
-    parser.add_argument("--share", type=float, default=0.5, help="gradient wanted, as a part of the detection losses'")
-    run_tool(main, parse_arguments(parser))
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="gradient wanted, as a part of the student's own losses'"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main, parse_arguments(get_parser()))

@@ -14,9 +14,10 @@ from kd_det.classification.average import AverageWeights, WeightAverage
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.loader import build_test_loader, build_train_loader
 from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
+from kd_det.engine.arguments import plain_student_cfg
 from kd_det.engine.trainer import EVALUATORS, Trainer
 
-__all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer"]
+__all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer", "trainer_class"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,12 @@ class _ExportBackbone(HookBase):
             if trainer.average is not None:
                 torch.save({"model": model.state_dict()}, os.path.join(trainer.cfg.OUTPUT_DIR, AVERAGE_FILE))
         logger.info(f"Backbone for detectors: {path}. It wants their images so: {backbone_metadata(trainer.cfg)}")
+
+
+def trainer_class(cfg: CfgNode) -> type[Trainer]:
+    """The trainer of a config: this stage's if the student is a classifier, kd_det's otherwise."""
+    architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
+    return ClassificationTrainer if architecture.endswith("Classifier") else Trainer
 
 
 def _plain(model: nn.Module) -> nn.Module:

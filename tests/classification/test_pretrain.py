@@ -122,12 +122,31 @@ def test_mixed_images_reach_the_teacher(tmp_path, folder):
     assert torch.equal(seen["student"], seen["teacher"])
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("pretrain_backbone", TOOL)
+def load_tool(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load_tool(TOOL)
+
+
+def test_weights_are_suggested(tmp_path, folder, capsys):
+    cfg = run_cfg(tmp_path, folder, "NST", "SoftTarget", KD__NST__WEIGHT=3.0)
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    suggest = load_tool(TOOL.with_name("suggest_weights.py"))
+    argv = ["--config-file", str(tmp_path / "run.yaml"), "--batches", "2", "--share", "0.25"]
+    suggest.main(suggest.parse_arguments(suggest.get_parser(), argv))
+    *table, line = capsys.readouterr().out.splitlines()
+    rows = {row.split()[0]: row.split()[1:] for row in table[2:]}
+    assert list(rows) == ["task", "nst", "soft_target"] and rows["nst"][0] == "3"
+    task, nst = float(rows["task"][2]), float(rows["nst"][2])
+    found = dict(zip(line.split()[::2], line.split()[1::2]))
+    assert float(found["KD.NST.WEIGHT"]) == pytest.approx(3 * 0.25 * task / nst, rel=0.02)  # of printed numbers
+    assert not (tmp_path / "out").exists()
 
 
 def empty_class(cfg, root):
