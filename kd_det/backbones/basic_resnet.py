@@ -1,0 +1,43 @@
+"""Detectron2's ResNets of basic blocks in any width."""
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+
+__all__ = ["build_basic_resnet_backbone"]
+
+_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+@BACKBONE_REGISTRY.register()
+def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """
+    What ``build_resnet_backbone`` builds for ``MODEL.RESNETS.DEPTH`` 18 and 34, but of ``STEM_OUT_CHANNELS`` and
+    ``RES2_OUT_CHANNELS`` that need not be 64.
+
+    Raises:
+        ValueError: another depth.
+    """
+    node = cfg.MODEL.RESNETS
+    if node.DEPTH not in _BLOCKS:
+        raise ValueError(
+            f"build_basic_resnet_backbone: MODEL.RESNETS.DEPTH must be 18 or 34, found {node.DEPTH}; "
+            f"build_resnet_backbone builds the others in any width."
+        )
+    stem = BasicStem(input_shape.channels, node.STEM_OUT_CHANNELS, norm=node.NORM)
+    stages = []
+    in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
+    for num_blocks, stride in zip(_BLOCKS[node.DEPTH], (1, 2, 2, 2)):
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                num_blocks,
+                stride_per_block=[stride] + [1] * (num_blocks - 1),
+                in_channels=in_channels,
+                out_channels=out_channels,
+                norm=node.NORM,
+            )
+        )
+        in_channels, out_channels = out_channels, 2 * out_channels
+    return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
