@@ -15,7 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from kd_det.backbones.timm_backbone import flat_key, timm_feature_network
+from kd_det.backbones.timm_backbone import flat_key, timm_feature_network, timm_options
 from kd_det.classification.networks import NETWORK_SOURCES
 from kd_det.errors import unknown_name
 from kd_det.random_state import preserved_random_state
@@ -256,8 +256,7 @@ def _from_torchvision(name: str, cfg: CfgNode) -> Dict:
 
 
 def _from_timm(name: str, cfg: CfgNode) -> Dict:
-    options = cfg.MODEL.TIMM.OPTS
-    network = timm_feature_network(name, dict(zip(options[::2], options[1::2])))
+    network = timm_feature_network(name, timm_options(cfg))
     mean, std, _ = NETWORK_SOURCES["timm"](name)
     return {
         "network": network,

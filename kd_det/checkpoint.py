@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-__all__ = ["SafeCheckpointer", "find_weights", "load_strictly"]
+__all__ = ["SafeCheckpointer", "check_initial_weights", "find_weights", "load_strictly"]
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +217,17 @@ class _StrictCheckpointer(SafeCheckpointer):
     def _load_model(self, checkpoint):
         # Zoo checkpoints still carry the normalisation they were trained with; no model loads it any more.
         self.normalisation = {k: v for k, v in checkpoint["model"].items() if k in _NORMALISATION_KEYS}
-        self.incompatible = super()._load_model(checkpoint)
+        matching = logging.getLogger("detectron2.checkpoint.c2_model_loading")
+        try:
+            matching.addFilter(_is_error)  # it warns twice of every weight that does not fit
+            self.incompatible = super()._load_model(checkpoint)
+        finally:
+            matching.removeFilter(_is_error)
         return None  # nothing left for the base class to log
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
@@ -257,6 +266,49 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
             problems.append(f"trained with {key} {trained_with.tolist()}, configured {configured.tolist()}")
     if problems:
         raise ValueError(f"The weights {path!r} do not fit the {who}: {'; '.join(problems)}.")
+
+
+# Of a backbone's weights; deformable convolutions, which ImageNet weights lack, add up to a quarter to a ResNet's.
+_MOST_UNFIT = 0.3
+
+
+def check_initial_weights(model: nn.Module, path: str, *, who: str) -> None:
+    """
+    Refuse weights of another network than the model's backbone. Detectron2 starts from what fits and warns of the rest.
+
+    Args:
+        model: a plain model with a ``backbone``; it loads the weights.
+        path: a file or URL that Detectron2's path manager knows.
+        who: what messages call the model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged or refused file, or one that lacks much of the backbone, has it in other shapes, or has
+            more blocks in the backbone's stages.
+    """
+    find_weights(path, who=who)
+    checkpointer = _StrictCheckpointer(model, save_to_disk=False)
+    checkpointer.load(path)
+    found = checkpointer.incompatible
+    names = [name for name, p in model.named_parameters() if name.startswith("backbone.") and p.dim() > 1]
+    own = [name for name in names if name.startswith("backbone.bottom_up.")] or names
+    misshapen = {key: f"{key} is {tuple(have)}, expected {tuple(want)}" for key, have, want in found.incorrect_shapes}
+    stages = {match[1] for match in map(_STAGE.search, own) if match}
+    problems = {
+        "misshapen": [misshapen[key] for key in own if key in misshapen],
+        "missing": [key for key in own if key in found.missing_keys and key not in misshapen],
+        "left over": [key for key in found.unexpected_keys if (m := _STAGE.search(key)) and m[1] in stages],
+    }
+    if sum(map(len, problems.values())) > _MOST_UNFIT * len(own):
+        described = "; ".join(text for kind, items in problems.items() for text in _describe(kind, items, most=1))
+        raise ValueError(
+            f"The weights {path!r} are another network's than the backbone of the {who}, which has {len(own)}: "
+            f"{described}. (tools/convert_backbone.py brings those of torchvision and timm into Detectron2's format.)"
+        )
+
+
+# A convolution of a residual stage, by the names that Detectron2 gives it.
+_STAGE = re.compile(r"\b(res\d)\..*conv\d\.weight$")
 
 
 def _describe(kind: str, items: List[str], most: int = 5) -> List[str]:

@@ -25,7 +25,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
 
     Args:
         cfg: a config.
-        path: a yaml file or URL; its ``_BASE_`` files count.
+        path: a yaml file; its ``_BASE_`` files count, which may be URLs.
 
     Raises:
         FileNotFoundError: no such file, or no such base.
@@ -93,7 +93,11 @@ def _keys(node: CfgNode, prefix: str = "") -> list[str]:
 def _check_file(path: str, inherited_by: tuple[str, ...]) -> None:
     if path in inherited_by:
         raise ValueError(f"{path} inherits from itself: _BASE_ leads from {' to '.join((*inherited_by, path))}")
-    if not PathManager.isfile(path):
+    if "://" in path and not inherited_by:
+        raise ValueError(f"the config {path} is a URL, and Detectron2 reads configs from files: download it first")
+    if path.endswith(".py"):
+        raise ValueError(f"the config {path} is a LazyConfig, expected a yaml file; see tools/lazyconfig_train_net.py")
+    if "://" not in path and not PathManager.isfile(path):
         kind = "is a folder, not a yaml file" if PathManager.isdir(path) else "does not exist"
         base = f", the _BASE_ of {inherited_by[-1]}," if inherited_by else ""
         raise FileNotFoundError(f"the config {path}{base} {kind}")
@@ -104,6 +108,8 @@ def _check_file(path: str, inherited_by: tuple[str, ...]) -> None:
         raise ValueError(f"the config {path} is refused: {one_line(e)}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not a yaml config: {one_line(e)}") from e
+    except OSError as e:
+        raise FileNotFoundError(f"the config {path} cannot be read: {one_line(e)}") from e
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"{path} is not a yaml config: expected keys with values, found {found}")

@@ -47,6 +47,11 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     if name.partition("://")[0] in NETWORK_SOURCES:
         teaches_classifier = cfg.KD.STUDENT.META_ARCHITECTURE.endswith("Classifier")
         (configure_network if teaches_classifier else configure_feature_teacher)(teacher_cfg, name)
+    elif "://" in name:
+        raise ValueError(
+            f"KD.TEACHER.CONFIG_FILE {name!r} is a URL. Expected a yaml file, a model-zoo name, or a network as "
+            f"{' or '.join(f'{source}://NAME' for source in NETWORK_SOURCES)}."
+        )
     elif PathManager.isfile(name):
         merge_config_file(teacher_cfg, name)
     else:

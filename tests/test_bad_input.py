@@ -76,7 +76,10 @@ OPTIONS = {
     "no value of a loss": (["KD.NST.WEIGHT", "None"], "KD.NST.WEIGHT is None, and needs a value"),
     "unknown key": (["KD.NST.WIGHT", "1.0"], "Unknown config key 'KD.NST.WIGHT'. Did you mean 'KD.NST.WEIGHT'"),
     "unknown node": (["KD.NTS.WEIGHT", "1.0"], "Unknown config key 'KD.NTS.WEIGHT'"),
-    "unknown treatment of NaN": (["KD.NON_FINITE", "ignore"], "KD.NON_FINITE must be one of stop, skip, found 'ignore'"),
+    "unknown treatment of NaN": (
+        ["KD.NON_FINITE", "ignore"],
+        "KD.NON_FINITE must be one of stop, skip, found 'ignore'",
+    ),
     # The taps.
     "unknown tap": (["KD.NST.STUDENT_TAPS", "('p9',)"], "Unknown tap of the student 'p9'"),
     "unknown teacher tap": (
@@ -94,6 +97,14 @@ OPTIONS = {
         "Did you mean 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'",
     ),
     "no teacher weights": (["KD.TEACHER.WEIGHTS", ""], "has no weights"),
+    "teacher is a URL": (
+        ["KD.TEACHER.CONFIG_FILE", "https://host/x.yaml"],
+        "is a URL. Expected a yaml file, .* timm://NAME",
+    ),
+    "teacher is a LazyConfig": (
+        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"],
+        "is a LazyConfig, expected a yaml",
+    ),
     "missing teacher weights": (["KD.TEACHER.WEIGHTS", "nowhere.pth"], "do not exist: 'nowhere.pth'"),
     "teacher of another size": (
         ["KD.TEACHER.OPTS", "['MODEL.RESNETS.RES2_OUT_CHANNELS', 16]"],
@@ -122,6 +133,10 @@ OPTIONS = {
     "level that is not there": (["MODEL.RPN.IN_FEATURES", "['p2', 'p9']"], "p9"),
     "no pixel mean": (["MODEL.PIXEL_MEAN", "[]"], "PIXEL_MEAN"),
     "pixel std of 0": (["MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]"], "PIXEL_STD"),
+    "masks that the data lack": (
+        ["MODEL.MASK_ON", "True"],
+        "MODEL.MASK_ON needs 'segmentation' of every object; one has .*bbox",
+    ),
     "missing initial weights": (["MODEL.WEIGHTS", "nowhere.pkl"], "MODEL.WEIGHTS.* do not exist: 'nowhere.pkl'"),
     "not a device": (["MODEL.DEVICE", "gpu"], "'gpu' is not a device"),
     "no such device": (["MODEL.DEVICE", "cuda:0"], "finds no GPU"),
@@ -205,6 +220,12 @@ def other_teacher_weights(change):
     return apply
 
 
+def weights_of_another_network(run):
+    """The student starts from the wider teacher's weights."""
+    text = (run / "run.yaml").read_text()
+    (run / "run.yaml").write_text(text.replace("\n  WEIGHTS: ''", f"\n  WEIGHTS: {run / 'teacher.pth'}"))
+
+
 def teacher_with_other_levels(run):
     cfg = tiny_cfg(depth=50, width=8)
     text = cfg.dump().replace("build_tiny_fpn_backbone", "build_resnet_backbone")
@@ -223,6 +244,10 @@ FILES = {
     "config inherits from itself": (config_file(b"_BASE_: run.yaml"), "run.yaml inherits from itself"),
     "config inherits from nothing": (config_file(b"_BASE_: no.yaml"), "no.yaml, the _BASE_ of .*run.yaml, does not exist"),
     "config of a future version": (config_file(b"VERSION: 9"), "v9"),
+    "weights of another network": (
+        weights_of_another_network,
+        "another network's than the backbone of the student .MODEL.WEIGHTS., which has 12: 8 misshapen .*; 4 left over",
+    ),
     "config is missing": (without("run.yaml"), "run.yaml does not exist"),
     "config is a folder": (folder_for("run.yaml"), "run.yaml is a folder"),
     "teacher's config is empty": (lambda run: (run / "teacher.yaml").write_text(""), "teacher.yaml is not a yaml config"),

@@ -7,6 +7,7 @@ This file needs Detectron2 and timm, and nothing else of kd_det: an exported stu
 import difflib
 from typing import Any, Dict, Optional, Sequence
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
@@ -110,7 +111,7 @@ class TimmBackbone(Backbone):
             "norm": node.NORM,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "in_channels": input_shape.channels if input_shape else 3,
-            "options": dict(zip(node.OPTS[::2], node.OPTS[1::2])),
+            "options": timm_options(cfg),
         }
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
@@ -185,6 +186,19 @@ def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN
     )
 
 
+def timm_options(cfg: CfgNode) -> Dict[str, Any]:
+    """
+    ``MODEL.TIMM.OPTS`` as keyword arguments.
+
+    Raises:
+        ValueError: they are not pairs of a name and a value.
+    """
+    options = cfg.MODEL.TIMM.OPTS
+    if len(options) % 2 or not all(isinstance(key, str) for key in options[::2]):
+        raise ValueError(f"MODEL.TIMM.OPTS must be KEY, VALUE, KEY, VALUE, ..., found {list(options)}.")
+    return dict(zip(options[::2], options[1::2]))
+
+
 def timm_feature_network(name: str, options: Dict[str, Any], *, weights: str = "") -> nn.Module:
     """
     timm's network that returns a list of maps, for a model's name.
@@ -233,10 +247,15 @@ def _load(network: nn.Module, name: str, path: str) -> None:
     try:
         local = PathManager.get_local_path(path)
         state = load_state_dict(local)
+        # A network of features names its modules "stages_0" or "model.stages.0" where the whole model has "stages.0".
+        state = {flat_key(key): torch.as_tensor(value) for key, value in state.items()}
     except OSError:
         raise FileNotFoundError(f"MODEL.TIMM.WEIGHTS cannot be read: {path!r}.") from None
-    # A network of features names its modules "stages_0" or "model.stages.0" where the whole model has "stages.0".
-    state = {flat_key(key): value for key, value in state.items()}
+    except Exception as e:  # damaged, foreign and hostile files fail in every way: EOFError, SafetensorError, ...
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(
+            f"MODEL.TIMM.WEIGHTS {path!r} is no file of timm's weights: {reason or type(e).__name__}"
+        ) from e
     own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     missing = [key for key in own if flat_key(key) not in state]
     misshapen = [
@@ -249,6 +268,9 @@ def _load(network: nn.Module, name: str, path: str) -> None:
             f"MODEL.TIMM.WEIGHTS {path!r} are not those of {name!r}: "
             f"{len(missing)} missing {missing[:3]}, {len(misshapen)} misshapen {misshapen[:3]}."
         )
+    not_finite = [key for key in own if not state[flat_key(key)].isfinite().all()]
+    if not_finite:
+        raise ValueError(f"MODEL.TIMM.WEIGHTS {path!r}: {len(not_finite)} are not finite {not_finite[:3]}.")
     network.load_state_dict({key: state[flat_key(key)] for key in own}, strict=False)
 
 

@@ -31,7 +31,7 @@ class DatasetSummary(NamedTuple):
     thing_classes: tuple  # empty if the metadata names none
 
 
-def check_dataset(name):
+def check_dataset(name, needs=None):
     """
     Load the annotations of a registered data set with its own loader, and look at its images: all exist;
     and all of a small data set, or an even sample of a large one, can be read and have the size that the
@@ -43,6 +43,8 @@ def check_dataset(name):
 
     Args:
         name: as in ``cfg.DATASETS.TRAIN`` and ``TEST``.
+        needs (dict): keys that every object's annotation must have, such as "segmentation", and the config's key that
+            asks for each, for the message. Crowds, which are not learned from, may lack them.
 
     Returns:
         DatasetSummary
@@ -62,7 +64,7 @@ def check_dataset(name):
         raise DatasetError(f"data set '{name}' holds no images{_where(meta)}")
     classes = tuple(meta.get("thing_classes", ()))
     for record in dicts:
-        _check_annotations(name, record, classes)
+        _check_annotations(name, record, classes, needs or {})
     _check_images(name, meta, [record for record in dicts if "file_name" in record])
     return DatasetSummary(len(dicts), sum(len(record.get("annotations", ())) for record in dicts), classes)
 
@@ -83,7 +85,7 @@ class CheckedMapper:
             raise DatasetError(_unreadable(dataset_dict.get("file_name", "(no file name)"), e)) from e
 
 
-def _check_annotations(name, record, classes):
+def _check_annotations(name, record, classes, needs):
     for annotation in record.get("annotations", ()):
         where = f"data set '{name}', image {record.get('file_name', record.get('image_id'))}"
         box = annotation.get("bbox", ())
@@ -93,6 +95,11 @@ def _check_annotations(name, record, classes):
         label = annotation.get("category_id")
         if classes and label not in range(len(classes)):
             raise DatasetError(f"{where}: expected a class in 0..{len(classes) - 1}, found {label}")
+        for key in needs:
+            if key not in annotation and not annotation.get("iscrowd", 0):
+                raise DatasetError(
+                    f"{where}: {needs[key]} needs '{key}' of every object; one has {', '.join(annotation)}"
+                )
 
 
 def _check_images(name, meta, records):

@@ -79,6 +79,8 @@ def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
         # The user's own KD keys win over what the arguments imply.
         merge_options(cfg, [x for pair in pairs if pair[0].startswith("KD.") for x in pair], where="KEY VALUE")
     cfg.MODEL.DEVICE = _usable_device(cfg.MODEL.DEVICE, asked_for="MODEL.DEVICE" in args.opts)
+    if args.eval_only:
+        cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has them all; timm's may be out of reach
     cfg.freeze()
     return plain_student_cfg(cfg) if args.eval_only else cfg
 

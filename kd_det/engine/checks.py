@@ -15,7 +15,7 @@ from detectron2.solver import build_lr_scheduler
 from PIL import Image
 from torch import nn
 
-from kd_det.checkpoint import SafeCheckpointer, find_weights
+from kd_det.checkpoint import SafeCheckpointer, check_initial_weights, find_weights, load_strictly
 from kd_det.classification import check_classes
 from kd_det.convert import check_normalisation
 from kd_det.data import check_dataset
@@ -23,6 +23,7 @@ from kd_det.engine.arguments import plain_student_cfg
 from kd_det.engine.class_lists import check_class_lists
 from kd_det.engine.cli import UserError
 from kd_det.engine.step import NON_FINITE
+from kd_det.engine.stopping import restartable
 from kd_det.engine.trainer import EVALUATORS
 from kd_det.errors import unknown_name
 from kd_det.random_state import preserved_random_state
@@ -30,6 +31,7 @@ from kd_det.random_state import preserved_random_state
 __all__ = ["check_run"]
 
 
+@restartable()
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     Check everything that can be known before training: solver values, the output folder, the networks with their
@@ -58,7 +60,12 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not cfg.MODEL.DEVICE.startswith("cuda") and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UserError("the norm 'SyncBN' runs on GPUs only; on the CPU take 'naiveSyncBN'")
     if cfg.MODEL.WEIGHTS:
-        weights = find_weights(cfg.MODEL.WEIGHTS, who="student (MODEL.WEIGHTS)")
+        who = "student (MODEL.WEIGHTS)"
+        weights = find_weights(cfg.MODEL.WEIGHTS, who=who)
+        if not args.eval_only:
+            check_initial_weights(getattr(model, "student", model), cfg.MODEL.WEIGHTS, who=who)
+        elif not args.resume:
+            load_strictly(model, cfg.MODEL.WEIGHTS, who=who)
         if weights.endswith(".pkl"):
             check_normalisation(SafeCheckpointer(torch.nn.Identity(), save_to_disk=False)._load_file(weights), cfg)
     training_sets = [] if args.eval_only else list(cfg.DATASETS.TRAIN)
@@ -68,7 +75,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     _check_input(cfg, is_train=not args.eval_only)
     classes = {}
     for name in dict.fromkeys(training_sets + list(cfg.DATASETS.TEST)):
-        summary = check_dataset(name)
+        read_whole = name in training_sets or MetadataCatalog.get(name).get("evaluator_type") == "coco"
+        summary = check_dataset(name, _annotation_keys(cfg) if read_whole else {})
         classes[name] = summary.thing_classes
         if name in training_sets and not summary.num_instances:
             raise UserError(f"data set '{name}' has {summary.num_images} images and no annotation to train on")
@@ -77,6 +85,12 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         kind = MetadataCatalog.get(name).get("evaluator_type")
         if kind not in EVALUATORS:
             raise UserError(f"data set '{name}': {unknown_name('evaluator_type', kind, EVALUATORS)}")
+
+
+def _annotation_keys(cfg: CfgNode) -> dict[str, str]:
+    """What annotations must hold, and which key of the config asks for it."""
+    wanted = {"segmentation": "MASK_ON", "keypoints": "KEYPOINT_ON"}
+    return {key: f"MODEL.{option}" for key, option in wanted.items() if cfg.MODEL[option]}
 
 
 def _check_evaluation(cfg: CfgNode, resume: bool) -> None:

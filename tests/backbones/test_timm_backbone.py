@@ -6,6 +6,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 
 from kd_det.backbones import TimmBackbone
+from kd_det.engine import argument_parser, load_config, parse_arguments
 from kd_det.taps import Taps, tap_names, tap_shape
 from tests.tiny import batch, distillation_cfg, tiny_cfg
 
@@ -111,6 +112,24 @@ def test_weights_that_do_not_fit(tmp_path):
         TimmBackbone(name="mobilenetv2_035", weights=path)
     with pytest.raises(FileNotFoundError, match="MODEL.TIMM.WEIGHTS cannot be read: '/no/such.pth'"):
         TimmBackbone(name="mobilenetv2_035", weights="/no/such.pth")
+    state = timm.create_model("mobilenetv2_035").state_dict()
+    state["conv_stem.weight"][0] = torch.nan
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"1 are not finite \['conv_stem.weight'\]"):
+        TimmBackbone(name="mobilenetv2_035", weights=path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", [1, 2], {"a": None}, timm.create_model("test_vit")])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_files_that_are_no_weights(tmp_path, content, suffix):
+    path = tmp_path / f"w.{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"{path}' is no file of timm's weights: .") as e:
+        TimmBackbone(name="test_vit", out_features=["res4"], weights=str(path))
+    assert len(str(e.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -128,6 +147,12 @@ def test_weights_that_do_not_fit(tmp_path):
 def test_errors_name_what_was_found(arguments, message):
     with pytest.raises(ValueError, match=message):
         TimmBackbone(**arguments)
+
+
+@pytest.mark.parametrize("opts", [["drop_rate"], [1, 2]])
+def test_options_are_pairs(opts):
+    with pytest.raises(ValueError, match=r"MODEL.TIMM.OPTS must be KEY, VALUE, KEY, VALUE, ..., found \["):
+        build_backbone(timm_cfg(MODEL__TIMM__OPTS=opts))
 
 
 def test_a_pyramid_must_read_levels_that_exist():
@@ -186,3 +211,12 @@ def test_a_timm_student_is_distilled(tmp_path):
     assert losses["loss_nst"] > 0
     losses["loss_nst"].backward()
     assert model.student.backbone.bottom_up.network.conv_stem.weight.grad.abs().sum() > 0
+
+
+def test_evaluation_reads_no_weights_of_timm(tmp_path):
+    """A checkpoint has them all, and the file may only have been there in training."""
+    (tmp_path / "run.yaml").write_text(timm_cfg(MODEL__TIMM__WEIGHTS="/only/in/training.pth").dump())
+    for options, weights in ((["--eval-only"], ""), ([], "/only/in/training.pth")):
+        arguments = ["--config-file", str(tmp_path / "run.yaml"), *options]
+        cfg = load_config(parse_arguments(argument_parser(), arguments))
+        assert cfg.MODEL.TIMM.WEIGHTS == weights
