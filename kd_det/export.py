@@ -93,6 +93,8 @@ def export_student(
         FileNotFoundError, ValueError: weights that do not exist or do not fit; a model that only kd_det can build; a
             folder that is not empty; a trace that cannot be made; or a check run that failed.
     """
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{folder!r} is not a folder to export to.")
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"The folder {folder!r} is not empty; the export needs one of its own.")
     cfg = plain_cfg(cfg)

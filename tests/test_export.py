@@ -141,6 +141,7 @@ def test_a_timm_student_brings_its_backbone(tmp_path):
         ("missing", "The weights of the student do not exist|does not exist"),
         ("other", "do not fit the student"),
         ("full", "is not empty"),
+        ("file", "out' is not a folder to export to"),
         ("classifier", "kd_det's own meta-architecture"),
     ],
 )
@@ -152,7 +153,9 @@ def test_errors_leave_nothing_behind(tmp_path, problem, message):
         cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
         cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     elif problem != "missing":
-        checkpoint(cfg if problem == "full" else tiny_cfg(width=8), path)
+        checkpoint(tiny_cfg(width=8) if problem == "other" else cfg, path)
+    if problem == "file":
+        folder.write_text("")
     if problem == "full":
         folder.mkdir()
         (folder / "mine.txt").write_text("")

@@ -23,11 +23,11 @@ def get_parser():
     parser.add_argument("--trace", action="store_true", help="also save a TorchScript trace, model.ts")
     parser.add_argument("--image", action="append", default=[], help="for the check run, may be repeated")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
+    parser.set_defaults(teacher=None, losses=None, eval_only=True)  # what load_config asks for besides
     return parser
 
 
 def main(args):
-    args.teacher, args.eval_only = None, True
     cfg = load_config(args)
     images = [torch.from_numpy(read_image(path, cfg.INPUT.FORMAT).transpose(2, 0, 1).copy()) for path in args.image]
     options = {"half": args.half, "trace": args.trace, "images": [image.float() for image in images]}
