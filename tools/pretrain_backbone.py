@@ -2,11 +2,14 @@
 """
 Pretrain a backbone by image classification, with or without a teacher, or evaluate a classifier.
 
-    tools/pretrain_backbone.py --config-file configs/Classification/R_50-R_18/nst_soft_targets.yaml
+    tools/pretrain_backbone.py --config-file configs/Classification/ImageNet/R_50-R_18/nst_soft_targets.yaml
+    tools/pretrain_backbone.py --seeds 0 1 2 --compare configs/Classification/Digits/[!Bt]*.yaml
 
 Ends with OUTPUT_DIR/backbone.pkl, which a detector takes as MODEL.WEIGHTS. With --compare, it trains each config with
 each seed and prints a table instead.
 """
+
+import itertools
 
 from detectron2.engine import default_setup
 
@@ -34,7 +37,9 @@ def main(args):
 
 def check_and_launch(args):
     if args.compare:
-        print(compare(args.compare, args.seeds, args.opts, tool=__file__))
+        # KEY VALUE pairs behind --compare are its values to argparse.
+        files = list(itertools.takewhile(lambda name: name.endswith(".yaml"), args.compare))
+        print(compare(files, args.seeds, args.compare[len(files) :] + args.opts, tool=__file__))
         return
     cfg = setup(args)
     check_run(cfg, args)

@@ -30,8 +30,14 @@ def compare(config_files: Sequence[str], seeds: Sequence[int], opts: Sequence[st
         A table: mean and standard deviation (over seeds, n - 1) of the final accuracies, and each seed's top-1.
 
     Raises:
-        ValueError: a run failed; its own message is on stderr.
+        ValueError: a config that does not exist, options that are no pairs, or a run that failed; its own message is on
+            stderr.
     """
+    missing = [name for name in config_files if not os.path.isfile(name)]
+    if missing or not config_files:
+        raise ValueError(f"--compare needs .yaml files that exist; missing: {', '.join(missing) or 'all'}.")
+    if len(opts) % 2:
+        raise ValueError(f"Expected KEY VALUE pairs behind the configs, found {' '.join(opts)}.")
     rows = []
     for config_file in config_files:
         results = [_run(config_file, seed, list(opts), tool) for seed in seeds]

@@ -55,6 +55,20 @@ def test_one_folder_for_all_runs(runs):
     assert sorted(os.listdir("elsewhere")) == ["at", "nst"] and os.path.isdir("elsewhere/nst/seed_3")
 
 
+@pytest.mark.parametrize(
+    "configs, opts, message",
+    [
+        (["at.yaml", "none.yaml"], [], r"\.yaml files that exist; missing: none\.yaml\."),
+        ([], [], "missing: all"),
+        (["at.yaml"], ["OUTPUT_DIR"], "KEY VALUE pairs behind the configs, found OUTPUT_DIR"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_run(runs, configs, opts, message):
+    with pytest.raises(ValueError, match=message):
+        compare(configs, [0], opts, tool="tool.py")
+    assert not os.path.exists("out")
+
+
 def test_a_failed_run_and_a_config_without_a_folder(runs, tmp_path):
     (tmp_path / "tool.py").write_text("import sys; sys.exit(3)")
     with pytest.raises(ValueError, match="at.yaml with seed 0 ended with status 3"):

@@ -149,6 +149,14 @@ def test_weights_are_suggested(tmp_path, folder, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_pairs_may_follow_the_compared_configs(tool, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tool, "compare", lambda files, seeds, opts, tool: seen.extend([files, seeds, opts]))
+    argv = ["--seeds", "0", "3", "--compare", "a.yaml", "b.yaml", "OUTPUT_DIR", "x", "SOLVER.MAX_ITER", "5"]
+    tool.check_and_launch(tool.parse_arguments(tool.get_parser(), argv))
+    assert seen == [["a.yaml", "b.yaml"], [0, 3], ["OUTPUT_DIR", "x", "SOLVER.MAX_ITER", "5"]]
+
+
 def empty_class(cfg, root):
     (root / "images" / "empty").mkdir()
 
