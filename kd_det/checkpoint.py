@@ -120,6 +120,8 @@ class SafeCheckpointer(DetectionCheckpointer):
                 return loaded if "model" in loaded else {"model": loaded}
             loaded = super()._load_file(filename)
         except _UNREADABLE as e:
+            if isinstance(e, OSError) and e.filename:
+                raise
             self._parsed_url_during_load = None  # main's load() wants to find it so when it is called again
             raise ValueError(_explain(filename, e)) from e
         return loaded
@@ -142,6 +144,7 @@ _UNREADABLE = (
     IndexError,
     KeyError,
     MemoryError,
+    OSError,  # without a file's name: a seek to where a truncated file has nothing
     OverflowError,
     RuntimeError,
     TypeError,
@@ -253,10 +256,11 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
         for key in found.unexpected_keys
         if key not in _NORMALISATION_KEYS and not any(rebuilt in key for rebuilt in _REBUILT_KEYS)
     ]
-    problems = _describe("missing", [k for k in found.missing_keys if k not in _NORMALISATION_KEYS])
+    misshapen = {key: f"{key} is {tuple(have)}, expected {tuple(want)}" for key, have, want in found.incorrect_shapes}
+    missing = [key for key in found.missing_keys if key not in _NORMALISATION_KEYS and key not in misshapen]
+    problems = _describe("missing", missing)
     problems += _describe("unexpected", unexpected)
-    shapes = [f"{key} is {tuple(have)}, expected {tuple(want)}" for key, have, want in found.incorrect_shapes]
-    problems += _describe("misshapen", shapes)
+    problems += _describe("misshapen", list(misshapen.values()))
     not_finite = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
     problems += _describe("not finite", not_finite)
     for key, trained_with in checkpointer.normalisation.items():

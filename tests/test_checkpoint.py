@@ -80,6 +80,21 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_offered(tmp_path, ke
     assert checkpointer(tmp_path).resume_or_load("", resume=True)["iteration"] == 1
 
 
+def test_truncated_weights_that_torch_seeks_in_vain(tmp_path):
+    """Of more than some 4 KB, torch says an OSError without a file's name."""
+    model = build_model(tiny_cfg())
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    os.truncate(tmp_path / "w.pth", 20_000)
+    with pytest.raises(ValueError, match=r"w.pth \(20,000 bytes\) is truncated or not a checkpoint"):
+        load_strictly(model, str(tmp_path / "w.pth"), who="student")
+
+
+def test_misshapen_weights_are_not_also_missing(tmp_path):
+    torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"do not fit the student: 4 misshapen \([^;]*$"):
+        load_strictly(build_model(tiny_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)), str(tmp_path / "w.pth"), who="student")
+
+
 def test_without_an_earlier_one_there_is_nothing_to_offer(tmp_path):
     saver = checkpointer(tmp_path)
     saver.save("model_0000001")

@@ -14,11 +14,26 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from kd_det import Distiller
 from kd_det.checkpoint import SafeCheckpointer
 from kd_det.engine import launch, run_tool
 from kd_det.engine.step import TrainStep
+from kd_det.errors import one_line
+
+KEYS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
+
+
+def load_config(args) -> DictConfig:
+    try:
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    except (SyntaxError, OmegaConfBaseException) as e:
+        raise ValueError(f"{args.config_file}: {one_line(e)}") from e
+    missing = [key for key in KEYS if key not in cfg]
+    if missing:
+        raise ValueError(f"{args.config_file} lacks {', '.join(missing)}: a config must name {', '.join(KEYS)}")
+    return cfg
 
 
 def plain_student(model: DictConfig) -> DictConfig:
@@ -72,7 +87,7 @@ def do_train(cfg, *, resume: bool):
 
 
 def main(args):
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = load_config(args)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
     if not args.eval_only:

@@ -1,5 +1,7 @@
 """Every LazyConfig is loaded, built and run for one training step, with shallow networks (at full depth as `slow`)."""
 
+import argparse
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,20 @@ def test_the_tools_keys_are_there(name, tmp_path):
     assert set(cfg) == {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
     LazyConfig.save(cfg, str(tmp_path / "saved.yaml"))
     assert OmegaConf.to_container(LazyConfig.load(str(tmp_path / "saved.yaml"))).keys() == set(cfg)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("model = (", "broken.py has syntax error"),
+        ("model = {}", "broken.py lacks dataloader, lr_multiplier, optimizer, train: a config must name dataloader"),
+    ],
+)
+def test_a_config_that_the_tool_cannot_use(tmp_path, text, message):
+    path = Path(__file__).parents[2] / "tools/lazyconfig_train_net.py"
+    spec = importlib.util.spec_from_file_location("lazyconfig_train_net", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tool.load_config(argparse.Namespace(config_file=str(tmp_path / "broken.py"), opts=[]))
