@@ -117,7 +117,7 @@ def add_kd_config(cfg: CN) -> None:
     # With "images", each map is average-pooled to GRID x GRID.
     node.GRID = 8
 
-    # Hints (FitNets, arXiv 1412.6550), at middle layers: p2 alone would cost three times as much as the others together.
+    # Hints (FitNets, arXiv 1412.6550) at middle layers: p2 alone would cost three times as much as these together.
     node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p3", "p4", "p5"))
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
@@ -133,6 +133,33 @@ def add_kd_config(cfg: CN) -> None:
     node.TEMPERATURE = 1.0
     # As KD.PKD.CONNECTOR_NORM.
     node.CONNECTOR_NORM = ""
+
+    # FGD (arXiv 2111.11837): focal on the ground truth's boxes, and global.
+    node = add_loss_config(cfg, "FGD", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    # T of the attentions' softmax.
+    node.TEMPERATURE = 0.5
+    # alpha, beta, gamma and lambda: weights of the foreground, the background, the attentions and the
+    # global relation. For two-stage detectors; one-stage detectors take 1e-3, 5e-4, 5e-4 and 5e-6.
+    node.ALPHA = 5e-5
+    node.BETA = 2.5e-5
+    node.GAMMA = 5e-5
+    node.RELATION = 5e-7
+    # As KD.PKD.CONNECTOR_NORM.
+    node.CONNECTOR_NORM = ""
+
+    # MGD (arXiv 2205.01529); the weight is alpha: 5e-7 for two-stage, 2e-5 for one-stage detectors.
+    node = add_loss_config(cfg, "MGD", weight=5e-7, taps=("p2", "p3", "p4", "p5"))
+    # lambda, the share of positions that are hidden: 0.45 for two-stage, 0.65 for one-stage detectors.
+    node.MASK_RATIO = 0.45
+    # As KD.PKD.CONNECTOR_NORM.
+    node.CONNECTOR_NORM = ""
+
+    # ReviewKD (arXiv 2104.09044); the weight is the published one for R-101 to R-18.
+    node = add_loss_config(cfg, "REVIEW_KD", weight=1.2, taps=("p2", "p3", "p4", "p5"))
+    # Channels of the fused maps.
+    node.MID_CHANNELS = 256
+    # Norm behind each convolution of the fusion; "": none.
+    node.CONNECTOR_NORM = "BN"
 
     # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions.
     node = add_loss_config(cfg, "DKD", weight=1.0)

@@ -292,12 +292,21 @@ class Regions:
             raise RuntimeError("images kept no gradient: the loss must declare needs_input_gradients = True")
         return self._input_gradients()
 
-    def region_targets(self, stage: int) -> RegionTargets:
-        """The ground truth of the regions in ``region_pairs()[stage]``, as the student matched them."""
+    def ground_truth(self) -> List[Instances]:
+        """
+        Each image's ground truth.
+
+        Raises:
+            ValueError: the batch has none.
+        """
         if self.instances is None:
             raise ValueError("This loss needs ground truth: the batch has no 'instances'.")
+        return self.instances
+
+    def region_targets(self, stage: int) -> RegionTargets:
+        """The ground truth of the regions in ``region_pairs()[stage]``, as the student matched them."""
         boxes, _ = self._student_stages[stage]
-        truth = [instances.to(boxes[0].device) for instances in self.instances]
+        truth = [instances.to(boxes[0].device) for instances in self.ground_truth()]
         return self._student_head.label(boxes, truth, stage)
 
     def teacher_units(self, stage: int) -> Tensor:

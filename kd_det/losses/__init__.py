@@ -11,12 +11,15 @@ from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, bu
 from kd_det.losses.cwd import CWDLoss, cwd_loss
 from kd_det.losses.dist import DISTLoss, dist_loss
 from kd_det.losses.dkd import DKDLoss, dkd_loss
+from kd_det.losses.fgd import FGDLoss, fgd_loss
 from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
 from kd_det.losses.gradient_attention import GradientAttentionLoss
 from kd_det.losses.hint import HintLoss, hint_loss
+from kd_det.losses.mgd import MGDLoss, mgd_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
 from kd_det.losses.overhaul import OverhaulLoss, margin_from_norm, margin_relu, overhaul_loss, partial_l2_loss
 from kd_det.losses.pkd import PKDLoss, pkd_loss
+from kd_det.losses.review import ReviewKDLoss, hierarchical_context_loss
 from kd_det.losses.similarity import SimilarityLoss, similarity_preserving_loss
 from kd_det.losses.soft_target import SoftTargetLoss, soft_target_loss
 
@@ -28,12 +31,15 @@ __all__ = [
     "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
+    "FGDLoss",
     "FSPLoss",
     "GradientAttentionLoss",
     "HintLoss",
+    "MGDLoss",
     "NSTLoss",
     "OverhaulLoss",
     "PKDLoss",
+    "ReviewKDLoss",
     "SimilarityLoss",
     "SoftTargetLoss",
     "attention_map",
@@ -43,13 +49,16 @@ __all__ = [
     "cwd_loss",
     "dist_loss",
     "dkd_loss",
+    "fgd_loss",
     "fsp_loss",
     "fsp_matrix",
     "gradient_attention_loss",
+    "hierarchical_context_loss",
     "hint_loss",
     "loss_class",
     "margin_from_norm",
     "margin_relu",
+    "mgd_loss",
     "nst_loss",
     "overhaul_loss",
     "partial_l2_loss",

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kd_det.losses._spatial import full_precision
 
-__all__ = ["SquaredResidual", "blocks"]
+__all__ = ["SquaredResidual", "blocks", "squared_error"]
 
 # Elements of a block: about 2 MB of float32 on a CPU, so that it, its source and its scratch stay in the cache;
 # elsewhere, enough to make the launch of a kernel not matter.
@@ -89,3 +89,12 @@ class SquaredResidual(Function):
                 r.masked_fill_(invalid[images], 0)
             r.mul_(factor[images])
         return out, None, None, None, None
+
+
+def squared_error(student: Tensor, teacher: Tensor, weights: Tensor, invalid: Optional[Tensor]) -> Tensor:
+    """:class:`SquaredResidual` of ``student - teacher``."""
+    return SquaredResidual.apply(student, teacher, weights, invalid, _difference)
+
+
+def _difference(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
+    torch.sub(student, teacher, out=out)

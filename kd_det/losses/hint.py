@@ -2,10 +2,9 @@
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 
-from kd_det.losses._blocks import SquaredResidual
+from kd_det.losses._blocks import squared_error
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
@@ -35,11 +34,7 @@ def hint_loss(student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = Non
         return zero_loss(maps.student)
     n, c = maps.student.shape[:2]
     weights = 1 / (n * c * maps.positions())
-    return SquaredResidual.apply(maps.student, maps.teacher, weights, maps.invalid, _difference)
-
-
-def _difference(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
-    torch.sub(student, teacher, out=out)
+    return squared_error(maps.student, maps.teacher, weights, maps.invalid)
 
 
 @DISTILLATION_LOSS_REGISTRY.register()

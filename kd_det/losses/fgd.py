@@ -1,0 +1,195 @@
+"""
+FGD, focal and global knowledge distillation for detectors: arXiv 2111.11837.
+
+Shapes: maps are (N, C, H, W); G boxes in an image.
+"""
+
+from collections.abc import Sequence
+from typing import Optional, Tuple
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from kd_det.losses._blocks import squared_error
+from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
+from kd_det.losses.connected import ConnectedLoss
+
+__all__ = ["FGDLoss", "fgd_loss"]
+
+
+@full_precision
+def fgd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    boxes: Sequence[Tensor],
+    canvas: Tuple[int, int],
+    *,
+    temperature: float = 0.5,
+    alpha: float = 5e-5,
+    beta: float = 2.5e-5,
+    gamma: float = 5e-5,
+    valid: Optional[Tensor] = None,
+) -> Tensor:
+    """
+    The focal part of FGD (section 3.1): squared error weighted by the teacher's spatial and channel attention, apart
+    for the ground truth and for the background, and the L1 distance between both networks' attentions. Sums over
+    positions and channels, averaged over images, as published. The default weights are the published ones for
+    two-stage detectors; one-stage detectors take 1e-3, 5e-4 and 5e-4.
+
+    The published code scales boxes by the image's own size, which misses the object where a batch is padded; here they
+    are scaled by the padded size, which is what the map covers.
+
+    Args:
+        student: (N, C, Hs, Ws), behind a connector.
+        teacher: (N, C, Ht, Wt); is detached. The larger map is average-pooled to the smaller.
+        boxes: for each image (G, 4), x1, y1, x2, y2 in pixels. A position in several boxes counts by the smallest.
+        canvas: height and width in pixels of what the maps cover: of the padded batch.
+        temperature: T of the attentions' softmax.
+        alpha, beta, gamma: weights of the foreground, the background, and the attentions.
+        valid: bool (N, 1, H, W) at either size: the positions that hold image.
+
+    Returns:
+        A scalar; 0 for an empty batch.
+
+    Raises:
+        ValueError: another number of boxes' tensors than images, a temperature that is not positive; batches, channels,
+            types or a mask that do not fit.
+    """
+    maps = match_maps("fgd_loss", student, teacher, valid, same_channels=True)
+    if len(boxes) != len(maps.student):
+        raise ValueError(f"fgd_loss: needs the boxes of {len(maps.student)} images, found those of {len(boxes)}.")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"fgd_loss: the temperature must be a positive number, found {temperature}.")
+    if maps.empty:
+        return zero_loss(maps.student)
+    student, teacher, invalid = maps.student, maps.teacher, maps.invalid
+    if invalid is not None:
+        student, teacher = student.masked_fill(invalid, 0), teacher.masked_fill(invalid, 0)
+    spatial_s, channel_s = _attention(student, temperature, invalid, maps.positions())
+    spatial_t, channel_t = _attention(teacher, temperature, invalid, maps.positions())
+
+    foreground = torch.stack([_foreground(b, canvas, student.shape[2:]) for b in boxes]).to(student)
+    background = (foreground == 0).to(student)
+    if invalid is not None:
+        foreground, background = (x.masked_fill(invalid[:, 0], 0) for x in (foreground, background))
+    background = background / background.sum((1, 2), keepdim=True).clamp(min=1)
+    weights = spatial_t.view_as(foreground) * (alpha * foreground + beta * background)
+    focal = ((student - teacher).square() * weights[:, None]).sum((2, 3)) * channel_t
+    attention = (channel_s - channel_t).abs().sum() + (spatial_s - spatial_t).abs().sum()
+    return (focal.sum() + gamma * attention) / len(student)
+
+
+def _attention(x: Tensor, temperature: float, invalid: Optional[Tensor], positions: Tensor) -> Tuple[Tensor, Tensor]:
+    """
+    Attention over positions (N, H W) and over channels (N, C): softmaxes of mean magnitudes, times the number of
+    entries so that their mean is 1.
+    """
+    magnitude = x.abs()
+    over_positions = magnitude.mean(1).flatten(1) / temperature
+    if invalid is not None:
+        over_positions = over_positions.masked_fill(invalid.flatten(1), torch.finfo(x.dtype).min)
+    over_channels = magnitude.sum((2, 3)) / positions[:, None] / temperature
+    return positions[:, None] * over_positions.softmax(1), x.shape[1] * over_channels.softmax(1)
+
+
+def _foreground(boxes: Tensor, canvas: Tuple[int, int], size: Tuple[int, int]) -> Tensor:
+    """(H, W): 1 / area, in positions, of the smallest box that a position lies in; 0 outside of all."""
+    mask = torch.zeros(size)
+    scale = torch.tensor([size[1] / canvas[1], size[0] / canvas[0]]).repeat(2)
+    boxes = boxes.detach().float().cpu() * scale
+    for (x1, y1), (x2, y2) in zip(boxes[:, :2].floor().long().tolist(), boxes[:, 2:].ceil().long().tolist()):
+        # Both ends belong to the box, as in the published code.
+        inside = mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1]
+        inside.clamp_(min=1 / ((y2 + 1 - y1) * (x2 + 1 - x1)))
+    return mask
+
+
+class _GlobalContext(nn.Module):
+    """What the whole map adds to each channel (the global context block of GCNet, arXiv 1904.11492)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = max(1, channels // 2)
+        self.attention = nn.Linear(channels, 1)
+        self.transform = nn.Sequential(
+            nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+        nn.init.kaiming_normal_(self.attention.weight, nonlinearity="relu")
+        nn.init.zeros_(self.attention.bias)
+        # The block starts as the identity.
+        nn.init.zeros_(self.transform[-1].weight)
+        nn.init.zeros_(self.transform[-1].bias)
+
+    def forward(self, x: Tensor, invalid: Optional[Tensor]) -> Tensor:
+        """(N, C, H, W) to (N, C)."""
+        if invalid is not None:
+            x = x.masked_fill(invalid, 0)
+        x = x.flatten(2)
+        logits = self.attention.weight @ x + self.attention.bias
+        if invalid is not None:
+            logits = logits.masked_fill(invalid.flatten(2), torch.finfo(x.dtype).min)
+        return self.transform((x @ logits.softmax(2).mT)[:, :, 0])
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class FGDLoss(ConnectedLoss):
+    """
+    :func:`fgd_loss` on the ground truth and the global relation (section 3.2), summed over the pairs of taps; behind a
+    connector where the channels differ. Both networks' global context blocks are trained, as published.
+    """
+
+    name = "fgd"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        teacher_channels: Sequence[int],
+        temperature: float = 0.5,
+        alpha: float = 5e-5,
+        beta: float = 2.5e-5,
+        gamma: float = 5e-5,
+        relation: float = 5e-7,
+        **kwargs,
+    ):
+        """
+        Args:
+            teacher_channels: one number a tap.
+            temperature, alpha, beta, gamma: see :func:`fgd_loss`.
+            relation: lambda, the weight of the global relation.
+            kwargs: see :class:`ConnectedLoss`.
+        """
+        super().__init__(teacher_channels=teacher_channels, **kwargs)
+        self.options = {"temperature": temperature, "alpha": alpha, "beta": beta, "gamma": gamma}
+        fgd_loss(NO_IMAGES, NO_IMAGES, (), (1, 1), **self.options)  # checks the options
+        self.relation = relation
+        self.student_contexts, self.teacher_contexts = (
+            nn.ModuleList(_GlobalContext(channels) for channels in teacher_channels) for _ in range(2)
+        )
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        ret = super().from_config(cfg, student, teacher)
+        node = cfg.KD.FGD
+        options = ("TEMPERATURE", "ALPHA", "BETA", "GAMMA", "RELATION")
+        return {**ret, **{option.lower(): node[option] for option in options}}
+
+    def forward(self, student, teacher, regions):
+        boxes = [instances.gt_boxes.tensor for instances in regions.ground_truth()]
+        total = 0.0
+        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, regions)):
+            s = self.connectors[level](s)
+            total = total + fgd_loss(s, t, boxes, regions.canvas, valid=valid, **self.options)
+            total = total + self.relation * self._global_relation(level, s, t, valid)
+        return total
+
+    @full_precision
+    def _global_relation(self, level: int, student: Tensor, teacher: Tensor, valid: Optional[Tensor]) -> Tensor:
+        maps = match_maps("FGDLoss", student, teacher, valid, same_channels=True)
+        own = self.student_contexts[level](maps.student, maps.invalid)
+        difference = own - self.teacher_contexts[level](maps.teacher, maps.invalid)
+        weights = maps.student.new_full((len(own),), 1 / len(own))
+        shifted = maps.student + difference[:, :, None, None]
+        return squared_error(shifted, maps.teacher, weights, maps.invalid)
