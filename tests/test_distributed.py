@@ -98,6 +98,8 @@ def step(cfg, images) -> dict:
 CASES = {
     **{name: {} for name in LOSSES if name != "GradientAttentionLoss"},
     "OverhaulLoss": {"KD__OVERHAUL__CONNECTOR_NORM": "FrozenBN", "KD__OVERHAUL__MARGIN": "running"},
+    "MGDLoss": {"KD__MGD__MASK_RATIO": 0.0},  # ranks hide other positions than one process would
+    "ReviewKDLoss": {"KD__REVIEW_KD__CONNECTOR_NORM": "FrozenBN", "KD__REVIEW_KD__MID_CHANNELS": 8},
     "SimilarityLoss images": {"KD__SIMILARITY__SAMPLES": "images"},
     "SimilarityLoss some": {"KD__SIMILARITY__MAX_REGIONS": 24},
 }
@@ -197,27 +199,36 @@ def test_two_ranks_resume_with_the_same_bits(tmp_path):
     assert differing(load(cfg.OUTPUT_DIR), before) == []
 
 
-def skip_on_one_rank(cfg):
+def skip_on_one_rank(cfg, in_forward):
     from kd_det.engine import Trainer
 
     class Broken(Trainer):
         def run_step(self):
-            rpn = self.model.module.student.proposal_generator
-            handle = rpn.register_forward_hook(self._break)
+            student = self.model.module.student
+            if in_forward:  # the proposal generator raises, before what the ranks do together
+                handle = student.backbone.register_forward_hook(self._break_features)
+            else:
+                handle = student.proposal_generator.register_forward_hook(self._break_losses)
             super().run_step()
             handle.remove()
 
-        def _break(self, module, args, output):
-            broken = comm.get_rank() == 1 and self.iter == 2
-            return output[0], {key: value * float("nan") if broken else value for key, value in output[1].items()}
+        def _factor(self):
+            return float("nan") if comm.get_rank() == 1 and self.iter == 2 else 1.0
+
+        def _break_features(self, module, args, output):
+            return {key: value * self._factor() for key, value in output.items()}
+
+        def _break_losses(self, module, args, output):
+            return output[0], {key: value * self._factor() for key, value in output[1].items()}
 
     trainer = train(cfg, trainer_class=Broken)
     return {"skipped": trainer._trainer.non_finite_steps, "weights": trainer.model.module.student.state_dict()}
 
 
-def test_a_step_is_skipped_by_all_ranks_or_none(tmp_path):
-    cfg = run_cfg(tmp_path, "Hint", SOLVER__IMS_PER_BATCH=4, KD__NON_FINITE="skip")
-    ranks = on_two_ranks(tmp_path, skip_on_one_rank, cfg)
+@pytest.mark.parametrize("losses, in_forward", [("Hint", False), ("Similarity PKD", True)])
+def test_a_step_is_skipped_by_all_ranks_or_none(tmp_path, losses, in_forward):
+    cfg = run_cfg(tmp_path, *losses.split(), SOLVER__IMS_PER_BATCH=4, KD__NON_FINITE="skip")
+    ranks = on_two_ranks(tmp_path, skip_on_one_rank, cfg, in_forward)
     assert [rank["skipped"] for rank in ranks] == [1, 1]
     weights = [{k: v for k, v in rank["weights"].items() if "running" not in k} for rank in ranks]
     assert differing(*weights) == []

@@ -159,6 +159,29 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     assert differing(load(cfg, "model_0000003.pth")["model"], load(cfg, "model_0000002.pth")["model"])
 
 
+class BrokenGradient(Trainer):
+    """In step 2 a finite loss has a gradient that is not: that of sqrt at 0, say."""
+
+    def run_step(self):
+        weight = self.model.student.backbone.fpn_output2.weight
+        handle = weight.register_hook(lambda gradient: gradient * (float("inf") if self.iter == 2 else 1.0))
+        super().run_step()
+        handle.remove()
+
+
+def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
+    cfg = run_cfg(tmp_path, "NST", SOLVER__CHECKPOINT_PERIOD=1)
+    with pytest.raises(FloatingPointError) as e:
+        train(cfg, trainer_class=BrokenGradient)
+    expected = "iteration 2: the losses are finite, the gradients of student.backbone.fpn_output2.weight are not."
+    assert expected in str(e.value)
+    cfg.KD.NON_FINITE = "skip"
+    cfg.OUTPUT_DIR = str(tmp_path / "skipping")
+    assert train(cfg, trainer_class=BrokenGradient)._trainer.non_finite_steps == 1
+    assert differing(load(cfg, "model_0000001.pth")["model"], load(cfg, "model_0000002.pth")["model"]) == []
+    assert all(value.isfinite().all() for value in load(cfg)["model"].values())
+
+
 def test_a_run_that_only_skips_ends(tmp_path):
     cfg = run_cfg(tmp_path, KD__NON_FINITE="skip", SOLVER__MAX_ITER=500)
 

@@ -1,8 +1,10 @@
 """A run that was stopped, anywhere and in any way, goes on as if it had not been."""
 
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import kd_det.checkpoint
 from kd_det.engine import RESUMABLE, Trainer
+from kd_det.engine.stopping import restartable
 from tests.tiny_run import ALL_LOSSES, differing, in_process, run_cfg, train
 
 
@@ -154,6 +157,7 @@ def test_killed_at_50_random_moments(tmp_path):
 
 def terminate_soon(cfg, signum, step):
     """Run, and be asked to stop in the middle of a step."""
+
     class Asked(Trainer):
         def run_step(self):
             if self.iter == step:
@@ -174,19 +178,83 @@ def test_asked_to_stop_it_finishes_the_step_and_saves(tmp_path, signum):
     assert differing(load(stopped.OUTPUT_DIR), load(cfg.OUTPUT_DIR)) == []
 
 
-def test_asked_to_stop_in_an_evaluation_it_ends_at_once(tmp_path):
-    cfg = run_cfg(tmp_path, TEST__EVAL_PERIOD=2)
-    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
-    assert in_process(stopped_in_evaluation, cfg) == RESUMABLE
-    assert open(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")).read() == "model_0000001.pth"
+@pytest.mark.parametrize("period", [2, 5])
+def test_asked_to_stop_in_an_evaluation_it_saves_and_ends_at_once(tmp_path, period):
+    cfg = run_cfg(tmp_path, "NST", TEST__EVAL_PERIOD=2, SOLVER__CHECKPOINT_PERIOD=period)
+    train(cfg)
+    stopped = other_folder(cfg, "stopped")
+    stopped.DATASETS.TEST = cfg.DATASETS.TRAIN
+    assert in_process(stopped_in_evaluation, stopped) == RESUMABLE
+    assert open(os.path.join(stopped.OUTPUT_DIR, "last_checkpoint")).read() == "model_0000001.pth"
+    stopped.DATASETS.TEST = ()
+    train(stopped, resume=True)
+    assert differing(load(stopped.OUTPUT_DIR), load(cfg.OUTPUT_DIR)) == []
 
 
 def stopped_in_evaluation(cfg):
     class Asked(Trainer):
         @classmethod
         def test(cls, cfg, model, evaluators=None):
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # by the launcher and by the cluster
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
             raise AssertionError("it went on")
 
     train(cfg, trainer_class=Asked)
+
+
+def test_asked_to_stop_in_a_save_it_ends_after_it(tmp_path):
+    cfg = run_cfg(tmp_path, TEST__EVAL_PERIOD=2)
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    assert in_process(stopped_in_a_save, cfg) == RESUMABLE
+    assert open(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")).read() == "model_0000001.pth"
+
+
+def stopped_in_a_save(cfg):
+    class Asked(Trainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            raise AssertionError("it went on to the evaluation")
+
+    write = kd_det.checkpoint._write_aside
+
+    def write_and_be_asked(path, content):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(path, content)
+
+    kd_det.checkpoint._write_aside = write_and_be_asked
+    train(cfg, trainer_class=Asked)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_workers_are_asked_too_and_still_bring_the_images_of_the_step(tmp_path, signum):
+    cfg = run_cfg(tmp_path, SOLVER__MAX_ITER=50)
+    cfg.DATALOADER.NUM_WORKERS = 2
+    assert in_process(stopped_with_its_workers, cfg, signum) == RESUMABLE
+    assert open(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")).read() == "model_0000002.pth"
+
+
+def stopped_with_its_workers(cfg, signum):
+    class Asked(Trainer):
+        def run_step(self):
+            if self.iter == 2:
+                workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+                subprocess.run(["kill", f"-{signum:d}", *workers], check=True)  # by another process
+                time.sleep(0.3)  # those that would die have died
+                for _ in range(20):  # more than what was prefetched
+                    next(self._trainer._data_loader_iter)
+                os.kill(os.getpid(), signum)
+            super().run_step()
+
+    train(cfg, trainer_class=Asked)
+
+
+def test_asked_to_stop_before_training_it_can_be_restarted(tmp_path):
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        assert in_process(asked_in_a_restartable_part, signum) == RESUMABLE
+
+
+def asked_in_a_restartable_part(signum):
+    with restartable():
+        os.kill(os.getpid(), signum)
+        time.sleep(1)

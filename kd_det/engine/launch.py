@@ -1,11 +1,9 @@
 """Detectron2's ``launch``, also without a GPU and also under torchrun."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 
 import torch
@@ -15,7 +13,7 @@ from detectron2.utils import comm
 from torch import multiprocessing as torch_multiprocessing
 
 from kd_det.engine.cli import run_tool
-from kd_det.engine.stopping import RESUMABLE
+from kd_det.engine.stopping import RESUMABLE, handling_requests, restartable
 
 __all__ = ["launch"]
 
@@ -44,14 +42,17 @@ def launch(main: Callable, args) -> None:
         _run(main, args)
         return
     where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    requests = []
     try:
         # This process only waits: a request to stop is for the processes that train, which then end it.
-        with _handling(_pass_on, signal.SIGTERM, signal.SIGINT):
+        with _passing_on(requests):
             if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
                 detectron2_launch(_run, *where, args=(main, args))
             else:  # v0.6 insists on CUDA
                 torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
     except torch_multiprocessing.ProcessExitedException as e:
+        if requests and e.exit_code == -signal.SIGTERM:  # it had not even begun
+            sys.exit(RESUMABLE)
         if e.exit_code < 0:
             print(f"error: process {e.error_index} was killed by {e.signal_name}; all were ended", file=sys.stderr)
         sys.exit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code)
@@ -61,11 +62,11 @@ def launch(main: Callable, args) -> None:
 
 
 def _run(main: Callable, args):
-    # Until training begins and answers signals itself there is nothing to save: the run can be started again.
-    with _handling(lambda *_: sys.exit(RESUMABLE), signal.SIGTERM):
+    with restartable():  # until training begins, and answers signals itself
         run_tool(main, args)
 
 
+@restartable()
 def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, dist_url, args):
     dist.init_process_group(
         "gloo",
@@ -78,6 +79,7 @@ def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, di
     _run(main, args)
 
 
+@restartable()
 def _join_torchrun():
     if int(os.environ["WORLD_SIZE"]) == 1:
         return
@@ -100,21 +102,13 @@ def _create_local_process_group(num_processes: int):
             comm._LOCAL_PROCESS_GROUP = group
 
 
-def _pass_on(signum, frame):
-    for child in multiprocessing.active_children():
-        # A terminal sends SIGINT to the children too, and a second SIGINT would end them at once.
-        os.kill(child.pid, signal.SIGTERM)
+def _passing_on(requests: list[int]):
+    """A context in which requests to stop are noted in ``requests`` and sent on to the processes that were started."""
 
+    def pass_on(signum, frame):
+        requests.append(signum)
+        for child in multiprocessing.active_children():
+            # A terminal sends SIGINT to the children too, and a second SIGINT would end them at once.
+            os.kill(child.pid, signal.SIGTERM)
 
-@contextlib.contextmanager
-def _handling(handler: Callable, *signums: int):
-    """Handle signals in this way inside, if this is the main thread; others may not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {signum: signal.signal(signum, handler) for signum in signums}
-    try:
-        yield
-    finally:
-        for signum, before in previous.items():
-            signal.signal(signum, before)
+    return handling_requests(pass_on)

@@ -1,7 +1,10 @@
 """Detectron2's training batches, each a function of the run's seed and its own number: a run resumes exactly."""
 
 import itertools
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -117,7 +120,7 @@ class ResumableLoader:
             num_workers=self._num_workers,
             collate_fn=_as_list,
             generator=torch.Generator().manual_seed(self._images.seed),  # leaves the global one alone
-            **self._options,
+            **{**self._options, "worker_init_fn": _WorkerInit(self._options.get("worker_init_fn"))},
         )
         for batch in loader:
             for image in batch:
@@ -173,6 +176,30 @@ class _SeededImages(Dataset):
                 return image
             index = random.randrange(len(self.dataset))  # a mapper's None means: take another, as in Detectron2
         raise DatasetError("the mapper rejected 100 images in a row")
+
+
+class _WorkerInit:
+    """
+    A cluster's SIGTERM goes to all processes of a run, a terminal's SIGINT too; but the step that the trainer finishes
+    may still wait for an image. So workers end when the trainer says so, and at no other's request.
+    """
+
+    def __init__(self, init: Callable | None):
+        self._init = init
+
+    def __call__(self, worker_id: int):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):  # says whose signal it is; macOS has none
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        if self._init is not None:
+            self._init(worker_id)
+
+
+def _end_with(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)  # as PyTorch's own handler
 
 
 def _is_wide(record: dict) -> bool:

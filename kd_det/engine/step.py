@@ -1,5 +1,6 @@
 """One step of training: mixed precision on any device, and no non-finite loss that goes unnoticed."""
 
+import contextlib
 import logging
 import os
 import time
@@ -28,9 +29,9 @@ class TrainStep(SimpleTrainer):
     """
     ``SimpleTrainer``, and ``AMPTrainer`` where ``amp``: float16 with scaled gradients on a GPU, bfloat16 on the CPU.
 
-    A step with a non-finite loss never reaches the weights. "stop" ends training; "skip" leaves weights, optimizer and
-    buffers as they were and counts the step as ``non_finite_steps``, on all ranks alike. Both write the batch to
-    ``dump_dir``.
+    A step with a non-finite loss or gradient never reaches the weights. "stop" ends training; "skip" leaves weights,
+    optimizer and buffers as they were and counts the step as ``non_finite_steps``, on all ranks alike. Both write the
+    batch to ``dump_dir``.
     """
 
     def __init__(self, model, data_loader, optimizer, *, amp: bool = False, non_finite: str = "stop", dump_dir: str):
@@ -58,8 +59,8 @@ class TrainStep(SimpleTrainer):
     def run_step(self):
         """
         Raises:
-            FloatingPointError: a loss is not finite (the step is not to be skipped, or too many were); names it, the
-                step, the images and the dump.
+            FloatingPointError: a loss or a gradient is not finite (the step is not to be skipped, or too many were);
+                names it, the step, the images and the dump.
         """
         if not self.model.training:
             raise RuntimeError("the model was changed to eval mode")
@@ -68,21 +69,29 @@ class TrainStep(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self._skips else []
-        losses, problem = self._forward(batch)
+        losses, problem = {}, None
+        try:
+            with self._watching_other_ranks():
+                losses, problem = self._forward(batch)
+            # Whether to skip is decided before backward, in which ranks wait for each other.
+            if self._skips and any_rank(problem is not None) and not problem:
+                raise _OtherRankFailed
+        except _OtherRankFailed:
+            self._skip(f"iteration {self.iter}: a loss of another process is not finite.", buffers)
+            return
+        if not problem:
+            self.optimizer.zero_grad()
+            self.grad_scaler.scale(sum(losses.values())).backward()
+            if hasattr(self, "after_backward"):  # not in v0.6
+                self.after_backward()
+            problem = self._problem_of_gradients()  # of all ranks: they are averaged
         if problem:
             problem = f"iteration {self.iter}: {problem} {self._dump(batch, losses)}"
             if not self._skips:
                 raise FloatingPointError(problem)
-        # Whether to skip is decided before backward, in which ranks wait for each other.
-        if self._skips and any_rank(problem is not None):
-            self._skip(problem or f"iteration {self.iter}: a loss of another process is not finite.", buffers)
+            self._skip(problem, buffers)
             return
         self._skipped_in_a_row = 0
-
-        self.optimizer.zero_grad()
-        self.grad_scaler.scale(sum(losses.values())).backward()
-        if hasattr(self, "after_backward"):  # not in v0.6
-            self.after_backward()
         self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -114,6 +123,34 @@ class TrainStep(SimpleTrainer):
         bad = [f"{name} is {loss.item()}" for (name, loss), ok in zip(losses.items(), finite, strict=True) if not ok]
         return losses, f"the losses are not finite: {', '.join(bad)}." if bad else None
 
+    def _problem_of_gradients(self) -> str | None:
+        """What is wrong with the gradients; a gradient scaler looks for itself."""
+        if self.grad_scaler.is_enabled():
+            return None
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None and p.numel()}
+        if not gradients:
+            return None
+        largest = torch.stack([torch.linalg.vector_norm(g, float("inf")).float() for g in gradients.values()])
+        bad = [name for name, ok in zip(gradients, torch.isfinite(largest).tolist(), strict=True) if not ok]
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        return f"the losses are finite, the gradients of {', '.join(bad[:5])}{more} are not." if bad else None
+
+    @contextlib.contextmanager
+    def _watching_other_ranks(self):
+        """
+        Inside, a student's forward that went well asks whether it went well on all ranks. One that raised
+        ``FloatingPointError`` will never come to what the ranks do together in the distillation losses.
+        """
+        student = getattr(getattr(self.model, "module", self.model), "student", None)
+        if not self._skips or student is None or comm.get_world_size() == 1:
+            yield
+            return
+        handle = student.register_forward_hook(_ask_other_ranks)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _skip(self, problem: str, buffers: list[tuple[Tensor, Tensor]]):
         with torch.no_grad():
             for buffer, value in buffers:
@@ -134,6 +171,15 @@ class TrainStep(SimpleTrainer):
         values = {name: loss.detach().cpu() for name, loss in losses.items()}
         torch.save({"iteration": self.iter, "losses": values, "batch": [_plain(image) for image in batch]}, path)
         return f"Images: {files}. The batch is in {path}."
+
+
+class _OtherRankFailed(Exception):
+    """The forward was given up because that of another process failed."""
+
+
+def _ask_other_ranks(module, args, output) -> None:
+    if any_rank(False):
+        raise _OtherRankFailed
 
 
 def any_rank(flag: bool) -> bool:

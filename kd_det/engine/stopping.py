@@ -1,15 +1,17 @@
 """Checkpoints on time and on request: a cluster's SIGTERM or a Ctrl-C finishes the step, saves and exits."""
 
+import contextlib
 import logging
 import signal
+import sys
 import threading
+from collections.abc import Callable
 
 from detectron2.engine import hooks
-from detectron2.utils import comm
 
 from kd_det.engine.step import any_rank
 
-__all__ = ["RESUMABLE", "CheckpointHook", "StopSignals"]
+__all__ = ["RESUMABLE", "CheckpointHook", "StopSignals", "handling_requests", "restartable"]
 
 logger = logging.getLogger(__name__)
 
@@ -17,62 +19,94 @@ logger = logging.getLogger(__name__)
 RESUMABLE = 75
 
 
+@contextlib.contextmanager
+def handling_requests(handler: Callable):
+    """Inside, SIGTERM and SIGINT call ``handler(signum, frame)``, if this is the main thread; others may not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)
+
+
+def restartable():
+    """A context, or decorator: a request to stop ends the process with ``RESUMABLE``, for there is nothing to save."""
+    return handling_requests(lambda *_: sys.exit(RESUMABLE))
+
+
 class StopSignals:
     """
-    While entered, SIGTERM and SIGINT only set ``requested``; but they end the process at once, by
-    ``SystemExit(RESUMABLE)``, while nothing has changed since the last checkpoint (in an evaluation, say). A second
-    SIGINT interrupts in any case, so that a user at a terminal does not have to wait.
+    While ``handled()``, the first SIGTERM or SIGINT sets ``requested``; between steps, where ``between_steps``, it also
+    ends the process by ``SystemExit(RESUMABLE)``: an evaluation is not waited for. A second SIGINT interrupts in any
+    case, so that a user at a terminal does not have to wait.
     """
 
     def __init__(self):
         self.requested = ""  # the signal's name
-        self.all_saved = False
-        self._previous = {}
+        self.between_steps = False
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._request)
-        return self
-
-    def __exit__(self, *exc_info):
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+    def handled(self):
+        return handling_requests(self._request)
 
     def _request(self, signum, frame):
         if signum == signal.SIGINT and self.requested == "SIGINT":
             raise KeyboardInterrupt
-        if self.all_saved:
+        first, self.requested = not self.requested, signal.Signals(signum).name
+        if first and self.between_steps:
             raise SystemExit(RESUMABLE)
-        self.requested = signal.Signals(signum).name
 
 
 class CheckpointHook(hooks.PeriodicCheckpointer):
     """
     Detectron2's, on all ranks, because each brings its random state; and after any step at which one of them was
-    asked to stop. Then it ends training by ``SystemExit(RESUMABLE)``.
+    asked to stop, or that was followed by an evaluation that did not end. Then it ends training by
+    ``SystemExit(RESUMABLE)``.
     """
 
-    def __init__(self, checkpointer, period: int, signals: StopSignals):
+    def __init__(self, checkpointer, period: int, signals: StopSignals, *, eval_period: int = 0):
+        """
+        Args:
+            checkpointer, period: as of ``PeriodicCheckpointer``.
+            signals: of the trainer.
+            eval_period: after so many steps a hook behind this one evaluates, 0 for never.
+        """
         super().__init__(checkpointer, period)
         self._signals = signals
+        self._eval_period = eval_period
+        self._can_save = False  # the step is whole, its random states are gathered, and it is not saved yet
 
     def before_step(self):
-        self._signals.all_saved = False
+        self._signals.between_steps = self._can_save = False
 
     def after_step(self):
         iteration = self.trainer.iter
         stop = any_rank(bool(self._signals.requested))
-        on_time = (iteration + 1) % self.period == 0
-        last = iteration >= self.max_iter - 1
-        if on_time or last or stop:
+        last = iteration + 1 >= self.max_iter
+        on_time = last or (iteration + 1) % self.period == 0
+        evaluates = self._eval_period > 0 and (iteration + 1) % self._eval_period == 0
+        if on_time or stop or evaluates:
             self.trainer.gather_random_states()
         super().after_step()
+        if stop and not on_time:
+            self._save(iteration)
+        if on_time or stop:
+            # Nobody ends before rank 0 has saved; and somebody may have been asked to stop meanwhile.
+            stop = any_rank(bool(self._signals.requested))
         if stop and not last:
-            if not on_time:
-                self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
             reason = self._signals.requested or "another process"
             logger.warning(f"Stopped by {reason} after iteration {iteration}; all is saved, continue with --resume.")
-            comm.synchronize()  # nobody ends before rank 0 has saved
             raise SystemExit(RESUMABLE)
-        self._signals.all_saved = on_time or last
+        self._can_save = evaluates and not on_time
+        self._signals.between_steps = on_time or evaluates
+
+    def after_train(self):
+        if self._can_save:
+            self._save(self.trainer.iter)
+        super().after_train()
+
+    def _save(self, iteration: int):
+        self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)

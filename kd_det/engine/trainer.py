@@ -76,9 +76,13 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         ret = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
         before_evaluation = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
-        ret.insert(
-            before_evaluation, CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, self._signals)
+        checkpoints = CheckpointHook(
+            self.checkpointer,
+            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            self._signals,
+            eval_period=self.cfg.TEST.EVAL_PERIOD,
         )
+        ret.insert(before_evaluation, checkpoints)
         return ret
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -98,7 +102,7 @@ class Trainer(DefaultTrainer):
         log = logging.getLogger("detectron2.engine.train_loop")
         log.addFilter(_without_traceback)
         try:
-            with self._signals:
+            with self._signals.handled():
                 return super().train()
         finally:
             log.removeFilter(_without_traceback)
