@@ -51,6 +51,8 @@ _IN_BLOCK = {
 }
 _BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])\.(\w+)")
 _STEM_KEY = re.compile(r"(conv1|bn1)\.(\w+)")
+# Of a Detectron2 ResNet alone.
+_RESNET_KEY = re.compile(r"(stem|res[2-5])\..+")
 # torchvision's; its file in Detectron2's zoo; Caffe2's file in Detectron2's zoo.
 _HEAD_KEY = re.compile(r"(?:fc|stem\.fc|fc1000|stem\.fc1000)\.(weight|bias)")
 
@@ -80,7 +82,7 @@ def classifier_names(keys: Iterable[str]) -> Dict[str, str]:
     for key in keys:
         if match := _HEAD_KEY.fullmatch(key):
             names[key] = f"linear.{match[1]}"
-        elif name := _detectron2_name(key):
+        elif name := _detectron2_name(key) or (_RESNET_KEY.fullmatch(key) and key):
             names[key] = f"backbone.{name}"
     return names
 

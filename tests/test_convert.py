@@ -149,8 +149,10 @@ def test_the_file_holds_plain_arrays_only(tmp_path):
 
 
 def test_names_of_a_classifier():
-    found = classifier_names(["conv1.weight", "layer3.5.downsample.1.bias", "fc.bias", "backbone.res2.0.conv1.weight"])
+    own = ["backbone.res2.0.conv1.weight", "linear.weight"]
+    found = classifier_names(["conv1.weight", "layer3.5.downsample.1.bias", "fc.bias", "res2.0.conv1.weight", *own])
     assert found == {
+        "res2.0.conv1.weight": "backbone.res2.0.conv1.weight",
         "conv1.weight": "backbone.stem.conv1.weight",
         "layer3.5.downsample.1.bias": "backbone.res4.5.shortcut.norm.bias",
         "fc.bias": "linear.bias",

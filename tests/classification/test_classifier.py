@@ -86,12 +86,14 @@ def test_wrong_options(opts, message):
         build(**opts)
 
 
-@pytest.mark.parametrize("head", ["fc", "stem.fc", "fc1000"])
-def test_the_head_of_detectron2_and_torchvision_files_is_found(head):
+@pytest.mark.parametrize("head", ["fc", "stem.fc", "fc1000", "linear"])
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
+def test_the_names_of_detectron2_and_torchvision_files_are_found(head, prefix):
     model, other = build(), build()
-    state = {k.replace("linear.", f"{head}."): v for k, v in other.state_dict().items()}
+    renamed = {"linear.": f"{head}.", "backbone.": prefix}
+    state = {renamed[k.partition(".")[0] + "."] + k.partition(".")[2]: v for k, v in other.state_dict().items()}
     model.load_state_dict(state)
-    assert torch.equal(model.linear.weight, other.linear.weight)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in other.state_dict().items())
 
 
 def test_a_head_of_other_classes_is_refused():
