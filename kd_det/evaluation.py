@@ -55,6 +55,8 @@ def _fast_implementation():
     if original is COCOeval and _is_installed():
         coco_evaluation.COCOeval_opt = fast_coco_eval
         logger.info("Evaluating with faster-coco-eval.")
+    elif original is COCOeval:
+        logger.info("Evaluating with pycocotools' Python loops; faster-coco-eval, if installed, gives the same faster.")
     try:
         yield
     finally:

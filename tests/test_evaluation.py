@@ -1,6 +1,8 @@
 """The compiled COCO evaluator says the same as pycocotools."""
 
 import json
+import logging
+import sys
 
 import numpy as np
 import pytest
@@ -78,7 +80,9 @@ def test_equal_numbers(kind):
     np.testing.assert_allclose(fast.stats[: len(slow.stats)], slow.stats, rtol=0, atol=1e-12)
 
 
-def test_detectron2s_own_compiled_evaluator_is_left_alone(tmp_path, monkeypatch):
+def test_which_evaluator_is_used(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="kd_det.evaluation")
+
     class Compiled(COCOeval):
         used = 0
 
@@ -103,6 +107,13 @@ def test_detectron2s_own_compiled_evaluator_is_left_alone(tmp_path, monkeypatch)
     monkeypatch.setattr(coco_evaluation, "COCOeval_opt", COCOeval)  # as in a Detectron2 without its extension
     fast = evaluate()
     assert coco_evaluation.COCOeval_opt is COCOeval  # nothing stays replaced
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "faster_coco_eval", None)  # as where it is not installed
+        assert evaluate() == pytest.approx(fast, nan_ok=True)
+    messages = [
+        record.getMessage().partition(";")[0] for record in caplog.records if record.name == "kd_det.evaluation"
+    ]
+    assert messages == ["Evaluating with faster-coco-eval.", "Evaluating with pycocotools' Python loops"]
     monkeypatch.setattr(coco_evaluation, "COCOeval_opt", Compiled)
     assert evaluate() == pytest.approx(fast, nan_ok=True)
     assert Compiled.used == 1 and coco_evaluation.COCOeval_opt is Compiled

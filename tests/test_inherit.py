@@ -1,4 +1,8 @@
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +10,7 @@ from detectron2.modeling import build_model
 
 from kd_det.inherit import inherit_weights
 from tests.tiny import batch, distillation_cfg, tiny_cfg
+from tests.tiny_run import run_cfg
 
 PARTS = ("fpn", "proposal_generator", "roi_heads")
 
@@ -80,3 +85,17 @@ def test_what_is_not_inherited_starts_as_without(tmp_path):
     assert draw == draw2
     for name in (n for n in without if n.endswith("weight") and not (".norm" in n or n.startswith("losses"))):
         assert torch.equal(without[name], inherited[name]) == (not name.startswith("proposal_generator")), name
+
+
+def test_the_tools_log_says_what_was_inherited(tmp_path):
+    cfg = run_cfg(tmp_path, "NST", KD__INHERIT=("fpn",), SOLVER__MAX_ITER=1)
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    tool = str(Path(__file__).parent / "tiny_train_net.py")
+    env = {**os.environ, "TINY_DATA": str(tmp_path / "images")}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", tool, "--config-file", str(tmp_path / "run.yaml")], env=env, check=True
+    )
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("KD.INHERIT 'fpn': 12 of 16 weights taken from the teacher.") == 1
+    assert "Not inherited: backbone.fpn_lateral2.weight ((8, 4, 1, 1) in the student" in log
+    assert f"parameters from {tmp_path / 'teacher.pth'}" in log

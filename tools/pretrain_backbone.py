@@ -12,6 +12,8 @@ each seed and prints a table instead.
 import itertools
 
 from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from kd_det.classification import register_configured
 from kd_det.classification.compare import compare
@@ -28,6 +30,7 @@ def setup(args):
 def main(args):
     cfg = setup(args)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     if args.eval_only:
         return evaluate(cfg, ClassificationTrainer, resume=args.resume)
     trainer = ClassificationTrainer(cfg)

@@ -7,6 +7,8 @@ Train a detector with or without a teacher, or evaluate it: Detectron2's tools/t
 """
 
 from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from kd_det.engine import Trainer, argument_parser, check_run, evaluate, launch, load_config, parse_arguments, run_tool
 
@@ -14,6 +16,7 @@ from kd_det.engine import Trainer, argument_parser, check_run, evaluate, launch,
 def main(args):
     cfg = load_config(args)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     if args.eval_only:
         return evaluate(cfg, Trainer, resume=args.resume)
     trainer = Trainer(cfg)
