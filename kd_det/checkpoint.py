@@ -169,16 +169,28 @@ def _explain(filename: str, error: Exception) -> str:
 
 
 def _write_aside(path: str, write) -> None:
-    """Write a file under another name, and give it its own when all of it is on disk."""
+    """
+    Write a file under another name, and give it its own when all of it is on disk.
+
+    Raises:
+        OSError: names the file.
+    """
     aside = f"{path}.tmp"
     try:
-        with open(aside, "wb") as file:
+        if os.path.lexists(aside):
+            os.remove(aside)  # of a run that was killed; or a link, which must not lead out of the folder
+        with open(aside, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
-        if os.path.exists(aside):
+    except BaseException as e:
+        if os.path.lexists(aside):
             os.remove(aside)
+        cause = e
+        while isinstance(cause, RuntimeError):  # torch.save's, while it handles the file's own
+            cause = cause.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, path) from e
         raise
     os.replace(aside, path)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)

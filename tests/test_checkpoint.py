@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import resource
+import signal
 from collections import OrderedDict
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import nn
 
 from kd_det import build_student
 from kd_det.checkpoint import SafeCheckpointer, find_weights, load_strictly
+from kd_det.errors import one_line
 from tests.tiny import distillation_cfg, tiny_cfg
 
 
@@ -51,6 +54,36 @@ def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "last_checkpoint"]
     assert (tmp_path / "a.pth").read_bytes() == before
     assert (tmp_path / "last_checkpoint").read_text() == "a.pth"
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    """torch's own archive writer turns the file's error into one of its own."""
+    saver = checkpointer(tmp_path, nn.Linear(100, 100))
+    saver.save("a")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError) as e:
+            saver.save("b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert one_line(e.value) == f"{tmp_path}/b.pth: File too large"
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "last_checkpoint"]
+
+
+def test_what_lies_under_the_other_name_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / "out").mkdir()
+    for name in ("a.pth", "a.pth.tmp", "last_checkpoint", "last_checkpoint.tmp"):
+        (tmp_path / "out" / name).symlink_to(outside)
+    saver = checkpointer(tmp_path / "out")
+    saver.save("a")
+    assert outside.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.pth", "last_checkpoint"]
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["../a", "sub/a", "/tmp/a"])

@@ -199,7 +199,7 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Shortens Detectron2's "Exception during training" to one line where a user can mend the cause."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, (DatasetError, FloatingPointError, UserError)):
+    if isinstance(error, (DatasetError, FloatingPointError, OSError, UserError)):
         record.msg, record.args, record.exc_info = f"{record.msg} {one_line(error)}", (), None
     return True
 
