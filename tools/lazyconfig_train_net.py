@@ -13,11 +13,12 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kd_det import Distiller
-from kd_det.checkpoint import SafeCheckpointer
+from kd_det.checkpoint import SafeCheckpointer, load_strictly
 from kd_det.engine import launch, run_tool
 from kd_det.engine.step import TrainStep
 from kd_det.errors import one_line
@@ -28,7 +29,7 @@ KEYS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 def load_config(args) -> DictConfig:
     try:
         cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    except (SyntaxError, OmegaConfBaseException) as e:
+    except (SyntaxError, HydraException, OmegaConfBaseException) as e:
         raise ValueError(f"{args.config_file}: {one_line(e)}") from e
     missing = [key for key in KEYS if key not in cfg]
     if missing:
@@ -93,7 +94,9 @@ def main(args):
     if not args.eval_only:
         return do_train(cfg, resume=args.resume)
     model = instantiate(plain_student(cfg.model)).to(cfg.train.device)
-    SafeCheckpointer(model).load(cfg.train.init_checkpoint)
+    if not cfg.train.init_checkpoint:
+        raise ValueError("train.init_checkpoint is empty: there is nothing to evaluate")
+    load_strictly(model, cfg.train.init_checkpoint, who="student")
     return do_test(cfg, model)
 
 

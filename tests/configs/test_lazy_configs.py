@@ -72,18 +72,26 @@ def test_the_tools_keys_are_there(name, tmp_path):
     assert OmegaConf.to_container(LazyConfig.load(str(tmp_path / "saved.yaml"))).keys() == set(cfg)
 
 
+TRAINABLE = "dataloader = lr_multiplier = model = optimizer = train = {}"
+
+
 @pytest.mark.parametrize(
-    "text,message",
+    "text,opts,message",
     [
-        ("model = (", "broken.py has syntax error"),
-        ("model = {}", "broken.py lacks dataloader, lr_multiplier, optimizer, train: a config must name dataloader"),
+        ("model = (", [], "config.py has syntax error"),
+        (
+            "model = {}",
+            [],
+            "config.py lacks dataloader, lr_multiplier, optimizer, train: a config must name dataloader",
+        ),
+        (TRAINABLE, ["train.device"], "config.py: Error parsing override 'train.device'"),
     ],
 )
-def test_a_config_that_the_tool_cannot_use(tmp_path, text, message):
+def test_a_config_that_the_tool_cannot_use(tmp_path, text, opts, message):
     path = Path(__file__).parents[2] / "tools/lazyconfig_train_net.py"
     spec = importlib.util.spec_from_file_location("lazyconfig_train_net", path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    (tmp_path / "broken.py").write_text(text)
+    (tmp_path / "config.py").write_text(text)
     with pytest.raises(ValueError, match=message):
-        tool.load_config(argparse.Namespace(config_file=str(tmp_path / "broken.py"), opts=[]))
+        tool.load_config(argparse.Namespace(config_file=str(tmp_path / "config.py"), opts=opts))

@@ -39,7 +39,7 @@ def run(folder: Path, *arguments: str, expected_status: int = 0) -> str:
     command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == expected_status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return done.stderr if expected_status else done.stdout
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -101,3 +101,18 @@ def test_lazy_config(shop):
     finally:
         (shop / "gone.pth").rename(shop / "teacher.pth")
     assert "Evaluation results for bbox" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "weights,message",
+    [
+        ("", "train.init_checkpoint is empty"),
+        ("no.pth", "do not exist: 'no.pth'"),
+        ("teacher.pth", "do not fit the student"),
+    ],
+)
+def test_lazy_evaluation_wants_the_students_weights(shop, weights, message):
+    tool = str(ROOT / "tools/lazyconfig_train_net.py")
+    options = ("--config-file", "lazy_config.py", "--eval-only", f"train.init_checkpoint={weights}")
+    assert message in run(shop, tool, *options, expected_status=1)
