@@ -218,10 +218,17 @@ def timm_feature_network(name: str, options: Dict[str, Any], *, weights: str = "
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"MODEL.TIMM.NAME {name!r} is no timm model. Nearest: {', '.join(near) or 'none'}.")
+    if weights == "pretrained" and not timm.is_model_pretrained(name):
+        raise ValueError(f"timm has no weights of {name!r}: MODEL.TIMM.WEIGHTS must be a file, or '' for random ones.")
     try:
         network = timm.create_model(name, features_only=True, pretrained=weights == "pretrained", **options)
     except (RuntimeError, NotImplementedError, AttributeError, AssertionError, TypeError) as e:
         raise ValueError(f"timm's {name!r} does not give feature maps with {options}: {e}") from e
+    except OSError as e:
+        raise FileNotFoundError(
+            f"timm cannot fetch its weights of {name!r}; where there is no network, set MODEL.TIMM.WEIGHTS to a file "
+            f"of them: {e}"
+        ) from e
     if weights not in ("", "pretrained"):
         _load(network, name, weights)
     return network

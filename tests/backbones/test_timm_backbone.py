@@ -149,6 +149,19 @@ def test_errors_name_what_was_found(arguments, message):
         TimmBackbone(**arguments)
 
 
+def test_weights_that_timm_cannot_fetch(monkeypatch):
+    with pytest.raises(ValueError, match="timm has no weights of 'mobilenetv2_035': MODEL.TIMM.WEIGHTS must be a file"):
+        TimmBackbone(name="mobilenetv2_035", weights="pretrained")
+
+    def create_model(*args, pretrained, **kwargs):
+        assert pretrained
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(FileNotFoundError, match="set MODEL.TIMM.WEIGHTS to a file of them: no network"):
+        TimmBackbone(name="mobilenetv2_100", weights="pretrained")
+
+
 @pytest.mark.parametrize("opts", [["drop_rate"], [1, 2]])
 def test_options_are_pairs(opts):
     with pytest.raises(ValueError, match=r"MODEL.TIMM.OPTS must be KEY, VALUE, KEY, VALUE, ..., found \["):
