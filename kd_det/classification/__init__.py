@@ -1,5 +1,6 @@
 """Backbone pretraining: image classification with the same Distiller, losses and trainer as detection."""
 
+from kd_det.classification.checks import check_input
 from kd_det.classification.classifier import ImageClassifier
 from kd_det.classification.data import check_classes, load_dataset, register_configured, register_image_folder
 from kd_det.classification.evaluator import ClassificationEvaluator
@@ -10,6 +11,7 @@ __all__ = [
     "ImageClassifier",
     "NetworkClassifier",
     "check_classes",
+    "check_input",
     "configure_network",
     "load_dataset",
     "register_configured",

@@ -185,6 +185,10 @@ BAD = {
         lambda cfg, root: set_options(cfg, {"KD__LOSSES": ("NST",), "KD__NST__STUDENT_TAPS": ("res6",)}),
         "Unknown tap of the student 'res6'",
     ),
+    "an augmentation that cannot be": (
+        lambda cfg, root: set_options(cfg, {"CLASSIFICATION__AUG__SCALE": (1.0, 0.08)}),
+        "CLASSIFICATION.AUG.SCALE must be two positive numbers in order",
+    ),
     "no such data set": (
         lambda cfg, root: set_options(cfg, {"DATASETS__TEST": ("digit_crops_val",)}),
         "Unknown data set 'digit_crops_val'. Did you mean 'digits_crops_val'",
