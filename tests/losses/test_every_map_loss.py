@@ -7,13 +7,23 @@ import torch
 
 from kd_det.losses import _blocks
 from kd_det.losses.attention_transfer import attention_transfer_loss
+from kd_det.losses.fgd import fgd_loss
 from kd_det.losses.hint import hint_loss
+from kd_det.losses.mgd import mgd_loss
 from kd_det.losses.nst import nst_loss
 from kd_det.losses.overhaul import overhaul_loss, partial_l2_loss
+from kd_det.losses.review import hierarchical_context_loss
 
 
 def _overhaul(student, teacher, valid=None):
     return overhaul_loss(student, teacher, torch.linspace(-1, 0, teacher.shape[1]), valid=valid)
+
+
+def _fgd(student, teacher, valid=None):
+    """With one box in each image, at stride 8 of the smaller map."""
+    boxes = [torch.tensor([[4.0, 0.0, 20.0, 12.0]])] * len(student)
+    canvas = [8 * min(sides) for sides in zip(student.shape[-2:], teacher.shape[-2:])]
+    return fgd_loss(student, teacher, boxes, canvas, valid=valid)
 
 
 LOSSES = {
@@ -29,6 +39,9 @@ LOSSES = {
     "hint": hint_loss,
     "partial_l2": partial_l2_loss,
     "overhaul": _overhaul,
+    "fgd": _fgd,
+    "mgd": lambda s, t, valid=None: mgd_loss(s, t, torch.nn.Identity(), mask_ratio=0.0, valid=valid),
+    "review": lambda s, t, valid=None: hierarchical_context_loss([s], [t], valid=[valid]),
 }
 SCALE_FREE = [name for name in LOSSES if name.startswith(("nst", "at"))]
 
@@ -209,7 +222,7 @@ def test_what_does_not_fit_is_an_error_that_says_so(loss_fn):
         loss_fn(x, x, valid=torch.ones(2, 1, 5, 7))
 
 
-@pytest.mark.parametrize("name", ["hint", "partial_l2", "overhaul"])
+@pytest.mark.parametrize("name", ["hint", "partial_l2", "overhaul", "fgd", "mgd", "review"])
 def test_channels_that_differ_need_a_connector(name):
     with pytest.raises(ValueError, match="found 4 and 8; put a connector on the student"):
         LOSSES[name](randn(2, 4, 5, 7), randn(2, 8, 5, 7))
@@ -221,7 +234,9 @@ def test_channels_may_differ(name):
     assert torch.autograd.gradcheck(lambda s: LOSSES[name](s, teacher), student.requires_grad_(), fast_mode=True)
 
 
-def test_a_second_derivative_is_refused(loss_fn):
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "fgd"])  # plain autograd, which has one
+def test_a_second_derivative_is_refused(name):
+    loss_fn = LOSSES[name]
     student, teacher = randn(1, 8, 5, 7).requires_grad_(), randn(1, 8, 5, 7, seed=1)
     weight = torch.ones((), requires_grad=True)
     (grad,) = torch.autograd.grad(weight * loss_fn(student, teacher), student, create_graph=True)
