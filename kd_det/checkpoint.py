@@ -3,10 +3,12 @@
 import logging
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from typing import List
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
@@ -105,20 +107,8 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str):
         try:
-            if filename.endswith(".pkl"):
-                # Detectron2 reads the file after this, so it meets what was just found to be harmless.
-                with PathManager.open(filename, "rb") as file:
-                    _RestrictedUnpickler(file, encoding="latin1").load()
-            elif filename.endswith(".safetensors"):  # timm's
-                from safetensors.torch import load_file
-
-                return {"model": load_file(filename)}
-            elif filename.endswith(".pyth"):
-                self._torch_load(filename)
-            elif not hasattr(DetectionCheckpointer, "_torch_load"):  # v0.6
-                loaded = self._torch_load(filename)
-                return loaded if "model" in loaded else {"model": loaded}
-            loaded = super()._load_file(filename)
+            loaded = self._read(filename)
+            _check_weights(loaded["model"])
         except _UNREADABLE as e:
             if isinstance(e, OSError) and e.filename:
                 raise
@@ -126,11 +116,69 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise ValueError(_explain(filename, e)) from e
         return loaded
 
+    def _read(self, filename: str):
+        if filename.endswith(".safetensors"):  # timm's
+            return {"model": _read_safetensors(filename)}
+        if filename.endswith(".pkl"):
+            # Detectron2 reads the file after this, so it meets what was just found to be harmless.
+            with PathManager.open(filename, "rb") as file:
+                _check_pickle_size(file, os.path.getsize(filename))
+                _RestrictedUnpickler(file, encoding="latin1").load()
+        elif filename.endswith(".pyth"):
+            self._torch_load(filename)
+        elif not hasattr(DetectionCheckpointer, "_torch_load"):  # v0.6
+            loaded = self._torch_load(filename)
+            return loaded if "model" in loaded else {"model": loaded}
+        return super()._load_file(filename)
+
     def _torch_load(self, filename: str):
+        _check_archive_size(filename)
         loaded = torch.load(filename, map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict):
             raise TypeError(f"it holds a {type(loaded).__name__}, expected a dict of tensors")
         return loaded
+
+
+def _read_safetensors(filename: str) -> dict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(filename)
+    except SafetensorError as e:
+        raise ValueError(str(e)) from e
+
+
+def _check_weights(weights) -> None:
+    """Refuse what Detectron2 would trip over: anything but a dict of names to dense tensors or arrays of numbers."""
+    if not isinstance(weights, dict):
+        raise TypeError(f"its weights are a {type(weights).__name__}, expected a dict of tensors")
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a weight is named {name!r}, expected a string")
+        if torch.is_tensor(value):
+            dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+        else:
+            dense = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+        if not dense:
+            raise TypeError(f"{name} is a {type(value).__name__}, expected a dense tensor or an array of numbers")
+
+
+def _check_pickle_size(file, size: int) -> None:
+    """Refuse a pickle that numbers an object beyond its own size: Python makes room for all numbers up to that."""
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > size:
+            raise pickle.UnpicklingError(f"it numbers an object {argument}")
+    file.seek(0)
+
+
+def _check_archive_size(filename: str) -> None:
+    """Refuse an archive whose files are larger than itself, compressed or overlapping; torch writes neither."""
+    if zipfile.is_zipfile(filename):
+        with zipfile.ZipFile(filename) as archive:
+            content = sum(item.file_size for item in archive.infolist())
+        if content > os.path.getsize(filename):
+            raise zipfile.BadZipFile(f"it unpacks to {content:,} bytes")
 
 
 # What reading damaged, foreign or hostile bytes raises, in torch, pickle and NumPy.
@@ -163,7 +211,7 @@ def _explain(filename: str, error: Exception) -> str:
             f"containers; loading anything else could run any command."
         )
     # torch explains at length how to load the file all the same.
-    message = message.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+    message = re.split("Check the documentation|In PyTorch 2.6", message.rpartition("WeightsUnpickler error:")[2])[0]
     reason = " ".join(message.split())[:200] or type(error).__name__
     return f"{filename} ({size:,} bytes) is truncated or not a checkpoint: {reason}."
 

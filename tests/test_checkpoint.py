@@ -203,7 +203,7 @@ def test_bare_and_ddp_state_dicts_load(tmp_path):
         ("a.pkl", b"", "is truncated or not a checkpoint"),
         ("a.pkl", b"version https://git-lfs.github.com/spec/v1", "is truncated or not a checkpoint"),
         ("a.pkl", pickle.dumps([1, 2]), "is truncated or not a checkpoint"),
-        ("a.pkl", pickle.dumps({"model": {"weight": "text"}, "__author__": "x"}), "Unsupported type"),
+        ("a.pkl", pickle.dumps({"model": {"weight": "text"}, "__author__": "x"}), "weight is a str, expected a dense"),
         ("a.pyth", b"PK\x03\x04", "is truncated or not a checkpoint"),
     ],
 )

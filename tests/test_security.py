@@ -1,6 +1,7 @@
 """Files from strangers: none of them runs code, fills the disk or leads out of its folder."""
 
 import builtins
+import copy
 import os
 import pickle
 import pickletools
@@ -152,3 +153,76 @@ def test_absurd_sizes_fail_cleanly(tmp_path):
     for name in ("huge.pkl", "huge.pth"):
         with pytest.raises(ValueError, match="is truncated or not a checkpoint"):
             load_strictly(nn.Linear(2, 2), str(tmp_path / name), who="teacher")
+
+
+def with_array(weight):
+    return pickle.dumps({"model": {"weight": weight}, "__author__": "me"})
+
+
+def numbering(index: int) -> bytes:
+    """Python 3.11 makes room for as many objects as the number of one says: 9 bytes that fill 64 GB."""
+    return b"\x80\x04Nr" + index.to_bytes(4, "little") + b"."
+
+
+BYTES = {
+    "numbered.pkl": (numbering(2**32 - 1), "it numbers an object 4294967295"),
+    "array.pkl": (b"\x80\x04cnumpy\nndarray\n(J\x00\x00\x00\x70J\x00\x00\x00\x01\x86tR.", "Unable to allocate"),
+    "objects.pkl": (with_array(np.array([None, [1]], dtype=object)), "weight is a ndarray, expected a dense tensor"),
+    "words.pkl": (with_array(np.array(["a"])), "weight is a ndarray, expected a dense tensor"),
+    "fields.pkl": (with_array(np.zeros(2, dtype=[("a", "f4")])), "weight is a ndarray, expected a dense tensor"),
+    "number.pkl": (pickle.dumps({"model": 5, "__author__": "me"}), "its weights are a int"),
+    "named.pkl": (pickle.dumps({"model": {3: np.zeros(2)}, "__author__": "me"}), "a weight is named 3"),
+    "header.safetensors": ((1 << 60).to_bytes(8, "little") + b"{}", ".*header too large"),
+}
+CONTENTS = {
+    "a number": (5, "its weights are a int"),
+    "a list": ([torch.zeros(2)], "its weights are a list"),
+    "a number as a name": ({3: torch.zeros(2)}, "a weight is named 3"),
+    "a tensor of nothing": ({"weight": torch.zeros(2, 2, device="meta")}, "weight is a Tensor, expected a dense"),
+    "a sparse tensor": ({"weight": torch.eye(2).to_sparse()}, "weight is a Tensor, expected a dense"),
+    "a nested dict": ({"weight": {"weight": torch.zeros(2)}}, "weight is a dict, expected a dense tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_odd_bytes_are_refused_in_one_line(tmp_path, name):
+    content, message = BYTES[name]
+    (tmp_path / name).write_bytes(content)
+    check_refused(tmp_path / name, message)
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_weights_that_are_no_dense_tensors_are_refused_in_one_line(tmp_path, kind):
+    content, message = CONTENTS[kind]
+    torch.save({"model": content}, tmp_path / "w.pth")
+    check_refused(tmp_path / "w.pth", message)
+
+
+def check_refused(path, message):
+    for load in (lambda: load_strictly(nn.Linear(2, 2), str(path), who="teacher"), lambda: resume_or_load(path)):
+        with pytest.raises(ValueError, match=f"{path.name} .* is truncated or not a checkpoint: {message}") as e:
+            load()
+        assert "\n" not in str(e.value)
+
+
+def resume_or_load(path):
+    SafeCheckpointer(nn.Linear(2, 2), save_to_disk=False).resume_or_load(str(path), resume=False)
+
+
+@pytest.mark.parametrize("how", ["compressed", "overlapping"])
+def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path, how):
+    torch.save({"model": {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}}, tmp_path / "small.pth")
+    with zipfile.ZipFile(tmp_path / "small.pth") as old, zipfile.ZipFile(tmp_path / "w.pth", "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith("/data/0") and how == "compressed":
+                new.writestr(item.filename, bytes(1 << 24), compress_type=zipfile.ZIP_DEFLATED)
+            else:
+                new.writestr(item.filename, data)
+        if how == "overlapping":
+            largest = max(new.infolist(), key=lambda item: item.file_size)
+            for i in range(20):
+                again = copy.copy(largest)
+                again.filename = f"again{i}"
+                new.filelist.append(again)
+    check_refused(tmp_path / "w.pth", "it unpacks to ")
