@@ -122,13 +122,13 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
 
-    # PKD (arXiv 2207.02039): channels standardised over images and positions.
-    node = add_loss_config(cfg, "PKD", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    # PKD (arXiv 2207.02039): channels standardised over images and positions. The weight is MMRazor's for R-50.
+    node = add_loss_config(cfg, "PKD", weight=6.0, taps=("p2", "p3", "p4", "p5"))
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""
 
-    # CWD, channel-wise distillation (arXiv 2011.13256).
-    node = add_loss_config(cfg, "CWD", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    # CWD, channel-wise distillation (arXiv 2011.13256). The weight is MMRazor's for R-50.
+    node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5"))
     # T: each channel's softmax over positions is taken at features / T.
     node.TEMPERATURE = 1.0
     # As KD.PKD.CONNECTOR_NORM.
@@ -163,11 +163,12 @@ def add_kd_config(cfg: CN) -> None:
 
     # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions.
     node = add_loss_config(cfg, "DKD", weight=1.0)
-    # alpha and beta of Eq. 7, weights of the label's part and of the other classes'.
+    # alpha and beta of Eq. 7, weights of the label's part and of the other classes'. These and T are the published ones
+    # for detectors; classifiers take 1, 0.5 to 8, and 1 to 4.
     node.ALPHA = 1.0
-    node.BETA = 8.0
+    node.BETA = 0.25
     # T of the softmaxes.
-    node.TEMPERATURE = 4.0
+    node.TEMPERATURE = 1.0
 
     # DIST (arXiv 2205.10536): correlation of predictions within and across samples.
     node = add_loss_config(cfg, "DIST", weight=1.0)
