@@ -72,12 +72,16 @@ def list_taps(model: nn.Module, size: tuple[int, int]) -> list[TapInfo]:
 def _with_blocks(model: nn.Module) -> list[str]:
     """The levels' names with those of each stage's blocks behind them."""
     levels = tap_names(model)
+    modules = dict(model.named_modules())
+    dotted = {module: name for name, module in modules.items()}
     names = []
     for name in levels:
         names.append(name)
         if f"{name}.{PRE_ACTIVATION}" in levels:
-            blocks = len(list(tap_module(model, name).children()))
-            names += [f"{name}.{block}{suffix}" for block in range(blocks) for suffix in ("", f".{PRE_ACTIVATION}")]
+            stage = dotted[tap_module(model, f"{name}.{PRE_ACTIVATION}")].rpartition(".")[0]
+            prefix = name if tap_module(model, name) is modules[stage] else stage  # a timm network's level is no module
+            blocks = [f"{prefix}.{block}" for block, _ in modules[stage].named_children()]
+            names += [f"{block}{suffix}" for block in blocks for suffix in ("", f".{PRE_ACTIVATION}")]
     return names
 
 

@@ -1,8 +1,12 @@
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.modeling import build_model
 from torch import nn
 
+from kd_det.engine import argument_parser, parse_arguments
 from kd_det.tap_table import TapInfo, format_taps, input_size, list_taps
 from kd_det.taps import Taps
 from tests.tiny import tiny_cfg
@@ -57,3 +61,17 @@ def test_table():
         ["res2", "256", "4", "200x336", "frozen"],
         ["p3", "64", "8", "100x168"],
     ]
+
+
+def test_the_tool_reads_no_weights(tmp_path, capsys):
+    """Neither the teacher's nor timm's need to be there."""
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools/list_taps.py"))
+    timm = {"MODEL__BACKBONE__NAME": "build_timm_fpn_backbone", "MODEL__TIMM__NAME": "test_resnet"}
+    cfg = tiny_cfg(**timm, MODEL__TIMM__WEIGHTS="nowhere.pth", MODEL__FPN__IN_FEATURES=["res2", "res3", "res4", "res5"])
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    (tmp_path / "teacher.yaml").write_text(tiny_cfg(depth=50).dump())
+    arguments = ["--config-file", str(tmp_path / "student.yaml"), "--teacher", str(tmp_path / "teacher.yaml")]
+    tool["main"](parse_arguments(argument_parser(), arguments))
+    student, teacher = capsys.readouterr().out.split("teacher, for images of")
+    assert "res4.0.pre_activation" in teacher
+    assert "\nbackbone.bottom_up.network.layer4.0.pre_activation " in student and "\nres5.pre_activation " in student

@@ -13,11 +13,16 @@ from kd_det.engine import argument_parser, load_config, parse_arguments, run_too
 from kd_det.tap_table import format_taps, input_size, list_taps
 from kd_det.teacher import get_teacher_cfg
 
+UNREAD = "not read"  # a teacher's config without weights is refused elsewhere
+
 
 def main(args):
+    args.teacher_weights = args.teacher_weights or UNREAD
     cfg = load_config(args)
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.KD.TEACHER.WEIGHTS = cfg.KD.TEACHER.WEIGHTS or UNREAD
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         cfg.KD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
     networks = {"student": build_student(cfg)}

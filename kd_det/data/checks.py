@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import xml.etree.ElementTree as ET
 from numbers import Real
 from typing import NamedTuple
@@ -12,11 +13,13 @@ from detectron2.data.detection_utils import SizeMismatchError, check_image_size,
 
 from kd_det.errors import unknown_name
 
-__all__ = ["CheckedMapper", "DatasetError", "DatasetSummary", "check_dataset"]
+__all__ = ["CheckedMapper", "DatasetError", "DatasetSummary", "check_dataset", "check_voc_evaluation"]
 
 # Reading every image is cheap for a small data set, minutes for COCO: beyond this size a sample is read.
 READ_ALL_BELOW = 64 << 20  # bytes
 SAMPLE = 256  # images
+
+_VOC_BOX = tuple(f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax"))
 
 UNREADABLE = (OSError, SyntaxError, SizeMismatchError)  # SyntaxError: Pillow, on a broken PNG
 
@@ -67,6 +70,26 @@ def check_dataset(name, needs=None):
         _check_annotations(name, record, classes, needs or {})
     _check_images(name, meta, [record for record in dicts if "file_name" in record])
     return DatasetSummary(len(dicts), sum(len(record.get("annotations", ())) for record in dicts), classes)
+
+
+def check_voc_evaluation(name):
+    """
+    Whether Detectron2's VOC evaluator can read the annotations of a data set that its loader can: it wants more of
+    each object, and coordinates without a decimal point.
+
+    Raises:
+        DatasetError: names the first file and place.
+    """
+    meta = MetadataCatalog.get(name)
+    for image_id in _voc_ids(meta):
+        path = _voc_annotation(meta, image_id)
+        for i, item in enumerate(ET.parse(path).getroot().findall("object")):
+            for place in ("truncated", "difficult", *_VOC_BOX):
+                if not re.fullmatch(r"\s*-?\d+\s*", item.findtext(place, "")):
+                    problem = f"expected an integer at object[{i + 1}]/{place}, found {item.findtext(place)!r}"
+                    raise DatasetError(f"data set '{name}' cannot be evaluated: {path}: {problem}")
+            if item.find("pose") is None:
+                raise DatasetError(f"data set '{name}' cannot be evaluated: {path}: object[{i + 1}] has no pose")
 
 
 class CheckedMapper:
@@ -135,20 +158,25 @@ def _explain(meta, error):
 
 def _explain_voc(meta):
     """The first file of a VOC data set that its loader cannot use, or None: the loader's errors name none."""
-    image_set = os.path.join(meta.dirname, "ImageSets", "Main", meta.split + ".txt")
-    with open(image_set) as f:
-        ids = f.read().split()
+    image_set = _voc_image_set(meta)
+    try:
+        ids = _voc_ids(meta)
+    except UnicodeDecodeError as e:
+        return f"{image_set} is not a text file ({_line(e)})"
     if len(ids) == 1:
         return f"{image_set} lists one image, and Detectron2's VOC loader needs two or more"
+    odd = [line for line in ids if len(line.split()) != 1]
+    if odd:
+        return f"{image_set}: expected the name of one image a line, found {odd[0]!r}"
     for image_id in ids:
-        path = os.path.join(meta.dirname, "Annotations", image_id + ".xml")
+        path = _voc_annotation(meta, image_id)
         try:
             root = ET.parse(path).getroot()
         except ET.ParseError as e:
             return f"{path} is not a readable XML file ({_line(e)})"
         places = ["size/width", "size/height"]
         for i in range(len(root.findall("object"))):
-            places += [f"object[{i + 1}]/bndbox/{x}" for x in ("xmin", "ymin", "xmax", "ymax")]
+            places += [f"object[{i + 1}]/{place}" for place in _VOC_BOX]
         for place in places:
             if not _is_number(root.findtext(place)):
                 return f"{path}: expected a number at {place}, found {root.findtext(place)!r}"
@@ -156,6 +184,19 @@ def _explain_voc(meta):
             if label not in meta.thing_classes:
                 return f"{path}: {unknown_name('class', label, meta.thing_classes, most=20)}"
     return None
+
+
+def _voc_image_set(meta):
+    return os.path.join(meta.dirname, "ImageSets", "Main", meta.split + ".txt")
+
+
+def _voc_ids(meta):
+    with open(_voc_image_set(meta)) as f:
+        return [line.strip() for line in f if line.strip()]
+
+
+def _voc_annotation(meta, image_id):
+    return os.path.join(meta.dirname, "Annotations", image_id + ".xml")
 
 
 def _is_number(text):

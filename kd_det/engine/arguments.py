@@ -111,6 +111,7 @@ def add_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -
     cfg.KD.TEACHER.WEIGHTS = weights
     on_cpu = cfg.clone()
     on_cpu.MODEL.DEVICE = "cpu"
+    on_cpu.MODEL.TIMM.WEIGHTS = ""  # the levels are asked for, nothing else
     with preserved_random_state():
         networks = build_student(on_cpu), build_teacher_architecture(get_teacher_cfg(on_cpu))
     if losses is None:

@@ -18,7 +18,7 @@ from torch import nn
 from kd_det.checkpoint import SafeCheckpointer, check_initial_weights, find_weights, load_strictly
 from kd_det.classification import check_classes, check_input
 from kd_det.convert import check_normalisation
-from kd_det.data import check_dataset
+from kd_det.data import check_dataset, check_voc_evaluation
 from kd_det.engine.arguments import plain_student_cfg
 from kd_det.engine.class_lists import check_class_lists
 from kd_det.engine.cli import UserError
@@ -86,6 +86,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         kind = MetadataCatalog.get(name).get("evaluator_type")
         if kind not in EVALUATORS:
             raise UserError(f"data set '{name}': {unknown_name('evaluator_type', kind, EVALUATORS)}")
+        if kind == "pascal_voc":
+            check_voc_evaluation(name)
 
 
 def _annotation_keys(cfg: CfgNode) -> dict[str, str]:

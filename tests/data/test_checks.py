@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from PIL import Image
 
-from kd_det.data import CheckedMapper, DatasetError, DatasetSummary, check_dataset, checks
+from kd_det.data import CheckedMapper, DatasetError, DatasetSummary, check_dataset, check_voc_evaluation, checks
 
 from .conftest import register
 
@@ -134,6 +134,39 @@ def test_a_voc_annotation_that_is_missing(copy):
 def test_a_voc_set_of_one_image(copy):
     (copy / "ImageSets" / "Main" / "val.txt").write_text("val_000000\n")
     assert "lists one image" in error_of("copy_voc_val")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"val_000000  1\nval_000001 -1\n", "expected the name of one image a line, found 'val_000000  1'"),
+        (b"\xff\xfe", "is not a text file"),
+    ],
+)
+def test_a_voc_split_that_is_no_list_of_images(copy, content, expected):
+    path = copy / "ImageSets" / "Main" / "val.txt"
+    path.write_bytes(content)
+    assert expected in error_of("copy_voc_val") and str(path) in error_of("copy_voc_val")
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        ("<difficult>0</difficult>", "", r"expected an integer at object\[1\]/difficult, found None"),
+        ("</xmin>", ".5</xmin>", r"expected an integer at object\[1\]/bndbox/xmin, found '\d+.5'"),
+        ("<pose>Unspecified</pose>", "", r"object\[1\] has no pose"),
+    ],
+)
+def test_what_only_the_evaluator_of_voc_wants(copy, old, new, expected):
+    """Its loader does without, and its evaluator would fail after training."""
+    check_voc_evaluation("copy_voc_val")
+    path = copy / "Annotations" / "val_000003.xml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert check_dataset("copy_voc_val").num_images == 10
+    with pytest.raises(DatasetError, match=f"'copy_voc_val' cannot be evaluated: {path}: .*{expected}"):
+        check_voc_evaluation("copy_voc_val")
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc"])
