@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import cv2
@@ -290,17 +292,45 @@ FILES = {
         lambda run: cv2.imwrite(str(run / "images/3.png"), np.zeros((9, 9, 3), np.uint8)),
         "3.png cannot be read .Mismatched image shape",
     ),
-    "image is a bomb": (lambda run: write_bomb(run / "images/3.png"), "3.png cannot be read"),
+    "image is a bomb": (lambda run: write_png(run / "images/3.png", 1 << 30, 1 << 30), "3.png cannot be read .Image size"),
+    "image is a bomb of text": (lambda run: write_png(run / "images/3.png", 48, 64, text=1 << 26), "3.png cannot be read .Decompressed"),
+    "image name with a NUL": (
+        annotations(lambda content: content["images"][3].update(file_name="3\0.png")), "1 of 8 images are missing"),
+    "annotations are absurdly large": (
+        lambda run: os.truncate(run / "images/annotations.json", 1 << 42), "annotations.json has 4,398,046,511,104 bytes"),
+    "annotations nested without end": (
+        lambda run: (run / "images/annotations.json").write_text("[" * 100_000), "annotations.json"),
+    "annotations in UTF-16": (
+        lambda run: (run / "images/annotations.json").write_bytes('{"images": []}'.encode("utf-16")), "not a readable JSON"),
+    "annotation ids twice": (every_box(id=1), "annotations.json.* are not unique"),
+    "box is nothing": (every_box(bbox=None), "tiny"),
+    "image width is a word": (annotations(lambda content: content["images"][3].update(width="wide")), "Mismatched image shape"),
+    "image without a width": (annotations(lambda content: content["images"][3].pop("width") and None), "width"),
+    "image is a folder": (folder_for("images/3.png"), "3.png cannot be read"),
+    "teacher's weights are a web page": (
+        lambda run: (run / "teacher.pth").write_text("<!DOCTYPE html>"), "teacher.pth .* is truncated or not a checkpoint"),
+    "teacher's weights unpack to too much": (lambda run: compress(run / "teacher.pth"), "teacher.pth .* it unpacks to "),
     "output is below a file": (file_for_output, "/a' is not a folder"),
 }  # fmt: skip
 
 
-def write_bomb(path):
-    """A PNG header that announces 2^30 pixels a side."""
-    import zlib
+def write_png(path, width: int, height: int, *, text: int = 0):
+    """A PNG without pixels, of the announced size, and with a compressed text of so many characters."""
 
-    header = b"IHDR" + (1 << 30).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big"))
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    chunks = [(b"IHDR", header), (b"zTXt", b"a\0\0" + zlib.compress(bytes(text))), (b"IDAT", b""), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*x) for x in chunks))
+
+
+def compress(path):
+    with zipfile.ZipFile(path) as old:
+        content = {item.filename: old.read(item) for item in old.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in content.items():
+            new.writestr(name, data if not name.endswith("/data/0") else bytes(1 << 24))
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -332,6 +362,10 @@ ODD = {
     "RGBA": lambda path: Image.fromarray(np.zeros((64, 48, 4), np.uint8)).save(path),
     "palette": lambda path: Image.fromarray(np.zeros((64, 48), np.uint8)).convert("P").save(path),
     "16 bit": lambda path: cv2.imwrite(str(path), np.full((64, 48), 40_000, np.uint16)),
+    "16 bit RGB": lambda path: cv2.imwrite(str(path), np.full((64, 48, 3), 40_000, np.uint16)),
+    "1 bit": lambda path: Image.new("1", (48, 64)).save(path),
+    "CMYK JPEG": lambda path: Image.new("CMYK", (48, 64)).save(path, format="JPEG"),
+    "WebP": lambda path: Image.new("RGB", (48, 64)).save(path, format="WEBP"),
     "EXIF rotation": save_exif_rotated,
 }
 

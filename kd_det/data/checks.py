@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+from PIL import Image
 
 from kd_det.errors import unknown_name
 
@@ -21,7 +22,11 @@ SAMPLE = 256  # images
 
 _VOC_BOX = tuple(f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax"))
 
-UNREADABLE = (OSError, SyntaxError, SizeMismatchError)  # SyntaxError: Pillow, on a broken PNG
+# SyntaxError: Pillow, on a broken PNG.
+UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
+
+# A JSON file becomes objects of several times its size.
+LARGEST_JSON = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes
 
 
 class DatasetError(ValueError):
@@ -59,6 +64,7 @@ def check_dataset(name, needs=None):
     if name not in DatasetCatalog:
         raise DatasetError(unknown_name("data set", name, DatasetCatalog.list()))
     meta = MetadataCatalog.get(name)
+    _check_json_size(name, meta)
     try:
         dicts = DatasetCatalog.get(name)
     except Exception as e:  # loaders fail in every way: with KeyError, AssertionError, a parser's own errors
@@ -108,6 +114,13 @@ class CheckedMapper:
             raise DatasetError(_unreadable(dataset_dict.get("file_name", "(no file name)"), e)) from e
 
 
+def _check_json_size(name, meta):
+    path = meta.get("json_file") or ""
+    if os.path.isfile(path) and os.path.getsize(path) > LARGEST_JSON:
+        size = f"{path} has {os.path.getsize(path):,} bytes, and this machine's memory holds {LARGEST_JSON:,} of JSON"
+        raise DatasetError(f"data set '{name}' cannot be loaded: {size}")
+
+
 def _check_annotations(name, record, classes, needs):
     for annotation in record.get("annotations", ()):
         where = f"data set '{name}', image {record.get('file_name', record.get('image_id'))}"
@@ -131,7 +144,7 @@ def _check_images(name, meta, records):
     for record in local:
         try:
             sizes.append(os.stat(record["file_name"]).st_size)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name with a NUL
             missing.append(record["file_name"])
     if missing:
         problem = f"{len(missing)} of {len(local)} images are missing, the first is {missing[0]}"
@@ -140,7 +153,7 @@ def _check_images(name, meta, records):
     for record in local[::step]:
         try:
             check_image_size(dict(record), read_image(record["file_name"], format="BGR"))
-        except UNREADABLE as e:
+        except (*UNREADABLE, ValueError) as e:  # ValueError: Pillow, on metadata that unpack to too much
             problem = _unreadable(record["file_name"], e)
             raise DatasetError(f"data set '{name}': {problem}{_remedy(meta)}") from e
 
