@@ -146,9 +146,20 @@ def check_losses(cfg: CfgNode, losses: dict):
 
 def test_what_must_be_there():
     coco = [f.removeprefix("COCO-Detection/faster_rcnn_") for f in RUNS if f.startswith("COCO-Detection/faster")]
-    pairs = ("R_50_from_R_101", "R_18_from_R_101", "R_34_from_R_101", "MobileNetV2_from_R_50", "R_50_from_X_101")
+    pairs = (
+        "R_50_from_R_101",
+        "R_18_from_R_101",
+        "R_34_from_R_101",
+        "MobileNetV2_from_R_50",
+        "R_50_from_X_101",
+        "EfficientNet_Lite0_from_R_50",
+    )
     methods = ("nst", "at", "ofd", "sp", "hint", "soft_target", "nst_soft_target")
     assert {f"{p}_{m}_{s}.yaml" for p in pairs for m in methods for s in ("1x", "3x")} <= set(coco)
+    voc = {f.removeprefix("PascalVOC-Detection/faster_rcnn_") for f in RUNS if f.startswith("PascalVOC")}
+    pairs = [f"{student}_from_{teacher}" for student in ("R_18", "MobileNetV2") for teacher in ("R_50", "R_101")]
+    assert {f"{p}_{m}.yaml" for p in pairs for m in methods} <= voc and "R_18_C4_from_R_50_C4_nst.yaml" in voc
+    assert all(len((ROOT / f).read_text().splitlines()) in range(3, 16) for f in RUNS)
     for kind in ("mask_rcnn", "keypoint_rcnn", "cascade_mask_rcnn", "retinanet"):
         assert all(any(f"/{kind}" in f and f"_{m}_" in f for f in RUNS) for m in ("nst", "ofd")), kind
 
