@@ -14,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-__all__ = ["SafeCheckpointer", "check_initial_weights", "find_weights", "load_strictly"]
+__all__ = ["SafeCheckpointer", "StrictCheckpointer", "describe_keys", "find_weights", "load_strictly"]
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ _REBUILT_KEYS = ("anchor_generator.cell_anchors", "num_batches_tracked")
 _NORMALISATION_KEYS = ("pixel_mean", "pixel_std")
 
 
-class _StrictCheckpointer(SafeCheckpointer):
+class StrictCheckpointer(SafeCheckpointer):
     """Collects what did not fit instead of logging it."""
 
     def _load_model(self, checkpoint):
@@ -308,7 +308,7 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
             each kind.
     """
     find_weights(path, who=who)
-    checkpointer = _StrictCheckpointer(model, save_to_disk=False)
+    checkpointer = StrictCheckpointer(model, save_to_disk=False)
     checkpointer.load(path)
     found = checkpointer.incompatible
     unexpected = [
@@ -318,11 +318,11 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
     ]
     misshapen = {key: f"{key} is {tuple(have)}, expected {tuple(want)}" for key, have, want in found.incorrect_shapes}
     missing = [key for key in found.missing_keys if key not in _NORMALISATION_KEYS and key not in misshapen]
-    problems = _describe("missing", missing)
-    problems += _describe("unexpected", unexpected)
-    problems += _describe("misshapen", list(misshapen.values()))
+    problems = describe_keys("missing", missing)
+    problems += describe_keys("unexpected", unexpected)
+    problems += describe_keys("misshapen", list(misshapen.values()))
     not_finite = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    problems += _describe("not finite", not_finite)
+    problems += describe_keys("not finite", not_finite)
     for key, trained_with in checkpointer.normalisation.items():
         trained_with = torch.as_tensor(trained_with).flatten().float()
         configured = getattr(model, key).flatten().float().cpu()
@@ -332,50 +332,8 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> None:
         raise ValueError(f"The weights {path!r} do not fit the {who}: {'; '.join(problems)}.")
 
 
-# Of a backbone's weights; deformable convolutions, which ImageNet weights lack, add up to a quarter to a ResNet's.
-_MOST_UNFIT = 0.3
-
-
-def check_initial_weights(model: nn.Module, path: str, *, who: str) -> None:
-    """
-    Refuse weights of another network than the model's backbone. Detectron2 starts from what fits and warns of the rest.
-
-    Args:
-        model: a plain model with a ``backbone``; it loads the weights.
-        path: a file or URL that Detectron2's path manager knows.
-        who: what messages call the model.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged or refused file, or one that lacks much of the backbone, has it in other shapes, or has
-            more blocks in the backbone's stages.
-    """
-    find_weights(path, who=who)
-    checkpointer = _StrictCheckpointer(model, save_to_disk=False)
-    checkpointer.load(path)
-    found = checkpointer.incompatible
-    names = [name for name, p in model.named_parameters() if name.startswith("backbone.") and p.dim() > 1]
-    own = [name for name in names if name.startswith("backbone.bottom_up.")] or names
-    misshapen = {key: f"{key} is {tuple(have)}, expected {tuple(want)}" for key, have, want in found.incorrect_shapes}
-    stages = {match[1] for match in map(_STAGE.search, own) if match}
-    problems = {
-        "misshapen": [misshapen[key] for key in own if key in misshapen],
-        "missing": [key for key in own if key in found.missing_keys and key not in misshapen],
-        "left over": [key for key in found.unexpected_keys if (m := _STAGE.search(key)) and m[1] in stages],
-    }
-    if sum(map(len, problems.values())) > _MOST_UNFIT * len(own):
-        described = "; ".join(text for kind, items in problems.items() for text in _describe(kind, items, most=1))
-        raise ValueError(
-            f"The weights {path!r} are another network's than the backbone of the {who}, which has {len(own)}: "
-            f"{described}. (tools/convert_backbone.py brings those of torchvision and timm into Detectron2's format.)"
-        )
-
-
-# A convolution of a residual stage, by the names that Detectron2 gives it.
-_STAGE = re.compile(r"\b(res\d)\..*conv\d\.weight$")
-
-
-def _describe(kind: str, items: List[str], most: int = 5) -> List[str]:
+def describe_keys(kind: str, items: List[str], most: int = 5) -> List[str]:
+    """The first keys of a kind, e.g. "missing", with their number, as a list of one text; of none, an empty list."""
     if not items:
         return []
     more = f" and {len(items) - most} more" if len(items) > most else ""

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from kd_det.checkpoint import check_initial_weights
+from kd_det.initial_weights import check_initial_weights
 from tests.tiny import tiny_cfg
 
 LEVELS = ["res2", "res3", "res4", "res5"]

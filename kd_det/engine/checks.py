@@ -15,7 +15,7 @@ from detectron2.solver import build_lr_scheduler
 from PIL import Image
 from torch import nn
 
-from kd_det.checkpoint import SafeCheckpointer, check_initial_weights, find_weights, load_strictly
+from kd_det.checkpoint import SafeCheckpointer, find_weights, load_strictly
 from kd_det.classification import check_classes, check_input
 from kd_det.convert import check_normalisation
 from kd_det.data import check_dataset, check_voc_evaluation
@@ -26,6 +26,7 @@ from kd_det.engine.step import NON_FINITE
 from kd_det.engine.stopping import restartable
 from kd_det.engine.trainer import EVALUATORS
 from kd_det.errors import unknown_name
+from kd_det.initial_weights import check_initial_weights
 from kd_det.random_state import preserved_random_state
 
 __all__ = ["check_run"]
