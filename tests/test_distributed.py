@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.engine import RESUMABLE
 from kd_det.engine.launch import _create_local_process_group
+from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg
+from tests.classification.tiny_classifier import images as classifier_images
 from tests.tiny import LOSSES, batch, distillation_cfg, tiny_cfg
 from tests.tiny_run import ALL_LOSSES, differing, run_cfg, train
 
@@ -94,6 +96,8 @@ def step(cfg, images) -> dict:
     }
 
 
+PRE_ACTIVATIONS = tuple(f"res{i}.pre_activation" for i in range(2, 6))
+
 # Every loss of a detector; norms of the whole batch, and margins of the images seen so far.
 CASES = {
     **{name: {} for name in LOSSES if name != "GradientAttentionLoss"},
@@ -101,6 +105,8 @@ CASES = {
     "MGDLoss": {"KD__MGD__MASK_RATIO": 0.0},  # ranks hide other positions than one process would
     "ReviewKDLoss": {"KD__REVIEW_KD__CONNECTOR_NORM": "FrozenBN", "KD__REVIEW_KD__MID_CHANNELS": 8},
     "SimilarityLoss images": {"KD__SIMILARITY__SAMPLES": "images"},
+    "NSTLoss before the ReLU": {"KD__NST__STUDENT_TAPS": PRE_ACTIVATIONS, "KD__NST__TEACHER_TAPS": PRE_ACTIVATIONS},
+    "HintLoss that is off": {"KD__HINT__STOP_ITER": 0},
     "SimilarityLoss some": {"KD__SIMILARITY__MAX_REGIONS": 24},
 }
 
@@ -110,7 +116,10 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path, case):
     teacher = tiny_cfg(depth=50, width=8)
     opts = {"MODEL__RESNETS__NORM": "FrozenBN", **CASES[case]}
     cfg = distillation_cfg(tmp_path, case.split()[0], teacher=teacher, **opts)
-    images = batch(sizes=((64, 64),) * 4)
+    compare_halves_with_whole(tmp_path, cfg, batch(sizes=((64, 64),) * 4))
+
+
+def compare_halves_with_whole(tmp_path, cfg, images):
     whole = _in_fork(tmp_path, step, cfg, images)
     halves = on_two_ranks(tmp_path, step, cfg, images)
     for key, value in whole["losses"].items():
@@ -124,6 +133,26 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path, case):
     for name, value in whole["buffers"].items():
         for half in halves:
             torch.testing.assert_close(half["buffers"][name], value, rtol=1e-5, atol=1e-6)
+
+
+CLASSIFICATION_LOSSES = ("GradientAttention", "FSP SoftTarget Similarity", "NST AttentionTransfer PKD CWD DIST")
+
+
+@pytest.mark.parametrize("loss", ["BoundedRegression", "SoftTarget"])
+def test_two_ranks_with_unequal_numbers_of_objects_are_one_with_the_whole(tmp_path, loss):
+    cfg = distillation_cfg(tmp_path, loss, teacher=tiny_cfg(depth=50, width=8), MODEL__RESNETS__NORM="FrozenBN")
+    images = batch(sizes=((64, 64),) * 4)
+    for image in images[2:]:  # those of the second rank
+        image["instances"] = image["instances"][:0]
+    compare_halves_with_whole(tmp_path, cfg, images)
+
+
+@pytest.mark.parametrize("losses", CLASSIFICATION_LOSSES)
+def test_two_ranks_with_half_the_batch_of_a_classifier_are_one_with_the_whole(tmp_path, losses):
+    opts = {"MODEL__RESNETS__NORM": "FrozenBN", "KD__DIST__STUDENT_TAPS": ("linear",)}
+    opts.update(KD__PKD__STUDENT_TAPS=("res5",), KD__CWD__STUDENT_TAPS=("res4",))
+    cfg = distilled_cfg(tmp_path, *losses.split(), teacher=classifier_cfg(depth=50, width=8), **opts)
+    compare_halves_with_whole(tmp_path, cfg, classifier_images(4))
 
 
 def _in_fork(tmp_path, target, *args):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-__all__ = ["gather_samples", "mean_over_ranks", "peak_over_ranks"]
+__all__ = ["gather_samples", "mean_over_ranks", "peak_over_ranks", "share_of_samples"]
 
 
 class _AllGather(Function):
@@ -57,3 +57,14 @@ def peak_over_ranks(x: Tensor) -> Tensor:
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
     return peak
+
+
+def share_of_samples(count: int, device: torch.device) -> Tensor:
+    """
+    How many times a rank's average number of samples this rank brings, a scalar. The mean over its own samples times
+    this is, averaged over ranks as DDP does, the mean over the samples of all ranks.
+    """
+    total = torch.tensor(float(count), device=device)
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(total)
+    return count * comm.get_world_size() / total.clamp(min=1)

@@ -4,6 +4,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor
 
+from kd_det.losses._ranks import share_of_samples
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
 from kd_det.regions import RegionHead
@@ -53,7 +54,7 @@ def bounded_regression_loss(
 class BoundedRegressionLoss(DistillationLoss):
     """
     :func:`bounded_regression_loss` on the foreground regions that the student samples, labelled by the student's own
-    matcher, in the student's units of box regression. Reads no taps.
+    matcher, in the student's units of box regression; averaged over the regions of all processes. Reads no taps.
     """
 
     name = "bounded_regression"
@@ -91,7 +92,8 @@ class BoundedRegressionLoss(DistillationLoss):
         total = 0.0
         for stage, (s, t) in enumerate(pairs):
             targets = regions.region_targets(stage)
-            total = total + bounded_regression_loss(
+            share = share_of_samples(len(targets.deltas), targets.deltas.device)
+            total = total + share * bounded_regression_loss(
                 targets.of_class(s.deltas),
                 targets.of_class(t.deltas) * regions.teacher_units(stage).to(t.deltas),
                 targets.deltas,
