@@ -82,8 +82,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             if path:
                 find_weights(path, who="model")
             return super().resume_or_load(path, resume=False)
-        latest = self.get_checkpoint_file()
+        latest = ""
         try:
+            latest = self._latest_checkpoint()
             if not os.path.isfile(latest):
                 raise FileNotFoundError(f"last_checkpoint names {latest}, which does not exist.")
             return self.load(latest)
@@ -95,6 +96,12 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"{e} The one before it is {earlier}: to resume from it, write its name into "
                 f"{os.path.join(self.save_dir, 'last_checkpoint')}."
             ) from e
+
+    def _latest_checkpoint(self) -> str:
+        try:
+            return self.get_checkpoint_file()
+        except UnicodeDecodeError:
+            raise ValueError(f"{os.path.join(self.save_dir, 'last_checkpoint')} does not hold a name.") from None
 
     def _readable_checkpoint_before(self, path: str):
         """The newest other checkpoint whose archive is whole, by name; None without one."""

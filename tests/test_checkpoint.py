@@ -139,6 +139,14 @@ def test_without_an_earlier_one_there_is_nothing_to_offer(tmp_path):
         checkpointer(tmp_path).resume_or_load("", resume=True)
 
 
+def test_a_last_checkpoint_that_names_none_is_said(tmp_path):
+    checkpointer(tmp_path).save("model_0000001")
+    for content, message in ((b"\xff\xfe", "last_checkpoint does not hold a name"), (b"", "which does not exist")):
+        (tmp_path / "last_checkpoint").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{message}.* The one before it is model_0000001.pth"):
+            checkpointer(tmp_path).resume_or_load("", resume=True)
+
+
 # The formats that Detectron2 reads.
 
 

@@ -94,6 +94,15 @@ def test_resuming_with_other_losses_says_so(tmp_path):
         train(cfg, resume=True)
 
 
+@pytest.mark.parametrize("state", [3, {"hooks": {}}])
+def test_a_checkpoint_of_no_trainer_is_said(tmp_path, state):
+    cfg = run_cfg(tmp_path, SOLVER__MAX_ITER=2)
+    train(cfg)
+    torch.save({**load(cfg.OUTPUT_DIR), "trainer": state}, os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
+    with pytest.raises(ValueError, match="trainer state is not this .* The one before it is model_0000001"):
+        train(cfg, resume=True)
+
+
 def kill_at_random(cfg, seed: int):
     """Go on until killed: somewhere in the next steps, or inside one of the next saves."""
     rng = random.Random(seed)

@@ -127,7 +127,10 @@ class Trainer(DefaultTrainer):
         return ret
 
     def load_state_dict(self, state_dict: dict) -> None:
-        TrainerBase.load_state_dict(self, state_dict)
+        try:
+            TrainerBase.load_state_dict(self, state_dict)
+        except (AttributeError, KeyError, TypeError) as e:
+            raise ValueError(f"The checkpoint's trainer state is not this trainer's ({type(e).__name__}: {e}).") from e
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint brings no optimizer state: momentum starts anew.")
         else:
