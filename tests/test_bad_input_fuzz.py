@@ -89,7 +89,9 @@ def check_words(error: Exception):
 
 sizes = st.lists(st.integers(0, 5), min_size=0, max_size=5).map(tuple)
 channels, side = st.integers(1, 4), st.integers(1, 7)
-kinds = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+kinds = st.sampled_from(
+    [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
 scales = st.sampled_from([0.0, 1e-20, 1.0, 1.0, 1e4])
 
 
@@ -114,7 +116,10 @@ masks = st.one_of(
 )  # fmt: skip
 
 MAP_LOSSES = {
-    **{f"nst {kernel}": functools.partial(functions.nst_loss, kernel=kernel) for kernel in ("linear", "poly", "gaussian")},
+    **{
+        f"nst {kernel}": functools.partial(functions.nst_loss, kernel=kernel)
+        for kernel in ("linear", "poly", "gaussian")
+    },
     "attention_transfer": functions.attention_transfer_loss,
     "hint": functions.hint_loss,
     "pkd": functions.pkd_loss,
@@ -141,7 +146,11 @@ def check_loss(loss, student: Tensor, *rest, **kwargs):
     assert value.shape == () and value.is_floating_point() and value.requires_grad
     value.backward()
     assert student.grad.shape == student.shape
-    if all(x is None or x.dtype == torch.bool or x.abs().max().item() < 1e3 for x in (student, *rest) if x is None or x.numel()):
+    if all(
+        x is None or x.dtype == torch.bool or x.abs().max().item() < 1e3
+        for x in (student, *rest)
+        if x is None or x.numel()
+    ):
         assert value.isfinite() and student.grad.isfinite().all()
 
 

@@ -36,9 +36,7 @@ class TestValidMask:
 
 
 def cascade(**opts):
-    return tiny_cfg(
-        MODEL__ROI_HEADS__NAME="CascadeROIHeads", MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=True, **opts
-    )
+    return tiny_cfg(MODEL__ROI_HEADS__NAME="CascadeROIHeads", MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=True, **opts)
 
 
 BOXES = [Boxes(torch.tensor([[4.0, 4, 40, 30], [0, 0, 20, 60]])), Boxes(torch.tensor([[10.0, 8, 50, 40]]))]

@@ -106,8 +106,8 @@ def test_the_teachers_and_the_initial_weights_and_resuming_are_covered(tmp_path)
     "text",
     [
         "!!python/object/apply:os.system ['touch {}']",
-        "MODEL: {{WEIGHTS: !!python/object/apply:eval ['__import__(\"os\").system(\"touch {}\")']}}",
-        "MODEL: {{WEIGHTS: !!python/object/apply:eval ['open(\"{}\", \"w\")']}}",
+        'MODEL: {{WEIGHTS: !!python/object/apply:eval [\'__import__("os").system("touch {}")\']}}',
+        'MODEL: {{WEIGHTS: !!python/object/apply:eval [\'open("{}", "w")\']}}',
         "MODEL: {{WEIGHTS: !!python/object/new:os.system ['touch {}']}}",
         "MODEL: {{WEIGHTS: !!python/name:os.system }}",
         "SEED: !!python/object/apply:eval ['9**9**9**9']",

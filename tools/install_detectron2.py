@@ -150,9 +150,7 @@ MENDS = (
     Mend(
         "detectron2/model_zoo/model_zoo.py",
         "setuptools 82 removed pkg_resources",
-        'pkg_resources.resource_filename(\n'
-        '        "detectron2.model_zoo", os.path.join("configs", config_path)\n'
-        "    )",
+        'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
         'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)',
     ),
 )
@@ -160,7 +158,7 @@ MENDS = (
 # pip asks a source archive for its metadata by running its setup.py, which here imports torch and declares a
 # dependency that pip refuses. This stands in for setuptools as the build backend of that one pip run, so that
 # pip finds, downloads and checks the archive without executing anything in it.
-BACKEND = '''\
+BACKEND = """\
 import os
 
 
@@ -177,7 +175,7 @@ class _Backend:
 
 
 __legacy__ = _Backend()
-'''
+"""
 
 
 def download(folder, *, project=PROJECT, version=VERSION, sha256=SHA256):

@@ -125,9 +125,7 @@ def test_an_installed_detectron2_is_left_alone(tmp_path):
     package = tmp_path / "detectron2"
     package.mkdir()
     (package / "__init__.py").write_text("__version__ = '9.9'\n")
-    result = subprocess.run(
-        [sys.executable, TOOL], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, TOOL], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert result.returncode == 0
     assert result.stdout == f"Detectron2 9.9 ({package}) is there already: left as it is.\n"
 
@@ -136,9 +134,7 @@ def test_a_broken_detectron2_is_not_replaced(tmp_path):
     package = tmp_path / "detectron2"
     package.mkdir()
     (package / "__init__.py").write_text("import no_such_module\n")
-    result = subprocess.run(
-        [sys.executable, TOOL], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, TOOL], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("install_detectron2: Detectron2 is there")
     assert "No module named 'no_such_module'" in result.stderr
