@@ -83,7 +83,7 @@ def test_a_named_network_is_taken_whole(tmp_path, name, create, level, module):
         ("torchvision://resnet51", "Unknown classifier of torchvision 'resnet51'. Did you mean 'resnet"),
         ("timm://mobilenet_v9", "Unknown model of timm 'mobilenet_v9'. Did you mean 'mobilenet"),
         ("timm://resnet50.no_such", "no variant 'resnet50.no_such'"),
-        ("torchvison://resnet50", "neither a file nor"),
+        ("torchvison://resnet50", "is a URL. Expected .* torchvision://NAME or timm://NAME"),
     ],
 )
 def test_names_that_do_not_exist(name, message):
