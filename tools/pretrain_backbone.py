@@ -17,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 
 from kd_det.classification import register_configured
 from kd_det.classification.compare import compare
-from kd_det.classification.trainer import ClassificationTrainer
+from kd_det.classification.trainer import ClassificationTrainer, check_trainer
 from kd_det.engine import argument_parser, check_run, evaluate, launch, load_config, parse_arguments, run_tool
 
 
@@ -45,6 +45,7 @@ def check_and_launch(args):
         print(compare(files, args.seeds, args.compare[len(files) :] + args.opts, tool=__file__))
         return
     cfg = setup(args)
+    check_trainer(cfg, ClassificationTrainer)
     check_run(cfg, args)
     launch(main, args)
 

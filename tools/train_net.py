@@ -10,6 +10,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from kd_det.classification.trainer import check_trainer
 from kd_det.engine import Trainer, argument_parser, check_run, evaluate, launch, load_config, parse_arguments, run_tool
 
 
@@ -25,7 +26,9 @@ def main(args):
 
 
 def check_and_launch(args):
-    check_run(load_config(args), args)
+    cfg = load_config(args)
+    check_trainer(cfg, Trainer)
+    check_run(cfg, args)
     launch(main, args)
 
 

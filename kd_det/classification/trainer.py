@@ -15,9 +15,10 @@ from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.loader import build_test_loader, build_train_loader
 from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
 from kd_det.engine.arguments import plain_student_cfg
+from kd_det.engine.cli import UserError
 from kd_det.engine.trainer import EVALUATORS, Trainer
 
-__all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer", "trainer_class"]
+__all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer", "check_trainer", "trainer_class"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,17 @@ def trainer_class(cfg: CfgNode) -> type[Trainer]:
     """The trainer of a config: this stage's if the student is a classifier, kd_det's otherwise."""
     architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
     return ClassificationTrainer if architecture.endswith("Classifier") else Trainer
+
+
+def check_trainer(cfg: CfgNode, expected: type[Trainer]) -> None:
+    """
+    Raises:
+        UserError: the config is one of the other stage's; names the tool for it.
+    """
+    if trainer_class(cfg) is not expected:
+        architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
+        tool = "train_net.py" if expected is ClassificationTrainer else "pretrain_backbone.py"
+        raise UserError(f"the config is of {architecture}, which is for tools/{tool}")
 
 
 def _plain(model: nn.Module) -> nn.Module:

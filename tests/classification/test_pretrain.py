@@ -11,9 +11,9 @@ from detectron2.modeling import build_model
 
 from kd_det import student_cfg
 from kd_det.classification import register_image_folder
-from kd_det.classification.trainer import ClassificationTrainer
+from kd_det.classification.trainer import ClassificationTrainer, check_trainer
 from kd_det.convert import check_normalisation
-from kd_det.engine import evaluate, run_tool
+from kd_det.engine import Trainer, evaluate, run_tool
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg, images, set_options, write_folder
 from tests.tiny import tiny_cfg
 from tests.tiny_run import differing, train
@@ -166,7 +166,12 @@ def no_images(cfg, root):
     (root / "images").mkdir()
 
 
+def a_detector(cfg, root):
+    cfg.merge_from_other_cfg(tiny_cfg())
+
+
 BAD = {
+    "a detector's config": (a_detector, "the config is of GeneralizedRCNN, which is for tools/train_net.py"),
     "fewer classes than the data": (
         lambda cfg, root: set_options(cfg, {"CLASSIFICATION__NUM_CLASSES": 3, "KD__LOSSES": ("NST",)}),
         "has 4 classes (labels 0..3) and CLASSIFICATION.NUM_CLASSES is 3",
@@ -208,6 +213,11 @@ def test_bad_input_is_one_line_before_training(tmp_path, folder, tool, capsys, c
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_classifiers_config_is_not_for_train_net(tmp_path, folder):
+    with pytest.raises(ValueError, match="the config is of ImageClassifier, which is for tools/pretrain_backbone"):
+        check_trainer(run_cfg(tmp_path, folder, "SoftTarget"), Trainer)
 
 
 def test_scores_are_those_of_the_plain_classifier(tmp_path, folder):
