@@ -94,14 +94,15 @@ def trainer_class(cfg: CfgNode) -> type[Trainer]:
     return ClassificationTrainer if architecture.endswith("Classifier") else Trainer
 
 
-def check_trainer(cfg: CfgNode, expected: type[Trainer]) -> None:
+def check_trainer(cfg: CfgNode, trainer: type[Trainer]) -> None:
     """
     Raises:
-        UserError: the config is one of the other stage's; names the tool for it.
+        UserError: the config is one of the other stage's than the trainer; names the tool for it.
     """
-    if trainer_class(cfg) is not expected:
+    classifies = issubclass(trainer, ClassificationTrainer)
+    if classifies != issubclass(trainer_class(cfg), ClassificationTrainer):
         architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
-        tool = "train_net.py" if expected is ClassificationTrainer else "pretrain_backbone.py"
+        tool = "train_net.py" if classifies else "pretrain_backbone.py"
         raise UserError(f"the config is of {architecture}, which is for tools/{tool}")
 
 

@@ -218,6 +218,7 @@ def test_bad_input_is_one_line_before_training(tmp_path, folder, tool, capsys, c
 def test_a_classifiers_config_is_not_for_train_net(tmp_path, folder):
     with pytest.raises(ValueError, match="the config is of ImageClassifier, which is for tools/pretrain_backbone"):
         check_trainer(run_cfg(tmp_path, folder, "SoftTarget"), Trainer)
+    check_trainer(tiny_cfg(), type("MyTrainer", (Trainer,), {}))
 
 
 def test_scores_are_those_of_the_plain_classifier(tmp_path, folder):
