@@ -77,7 +77,7 @@ def test_a_level_is_fused_with_the_deeper_ones():
         student_taps=["p3", "p4"], student_channels=[2, 2], teacher_channels=[3, 4], mid_channels=5, connector_norm=""
     )
     maps = [torch.randn(2, 2, 6, 8), torch.randn(2, 2, 3, 4)]
-    (shallow, deep), total = loss.fusions, []
+    shallow, deep = loss.fusions
     level4, fused = deep(maps[1], None)
     assert level4.shape == (2, 4, 3, 4) and torch.equal(level4, deep.expand(deep.reduce(maps[1])))
     level3, _ = shallow(maps[0], fused)
