@@ -165,10 +165,15 @@ def read_weights(path: str) -> Dict[str, Tensor]:
 
 
 def backbone_weights(model: nn.Module) -> Dict[str, Tensor]:
-    """The weights of a model's bottom-up network, by its own names, without the counters of batch norm."""
+    """The weights of a model's bottom-up network, by its own names, without a head and the counters of batch norm."""
     backbone = getattr(model, "backbone", model)
     backbone = getattr(backbone, "bottom_up", backbone)
-    return {key: value for key, value in backbone.state_dict().items() if not key.endswith("num_batches_tracked")}
+    head = getattr(backbone, "head_prefixes", ())
+    return {
+        key: value
+        for key, value in backbone.state_dict().items()
+        if not key.startswith(head) and not key.endswith("num_batches_tracked")
+    }
 
 
 def backbone_metadata(cfg: CfgNode) -> Dict[str, object]:

@@ -5,7 +5,7 @@ A ResNet becomes an :class:`ImageClassifier` on Detectron2's own ResNet, which c
 (``res4.pre_activation``); any other network is taken whole, as a :class:`NetworkClassifier`.
 """
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
@@ -29,6 +29,9 @@ _RESNETS = {
     "wide_resnet50_2": (50, 1, 128),
     "wide_resnet101_2": (101, 1, 128),
 }
+
+# What torchvision calls the part of its classifiers behind the features.
+_TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 
 _LEVEL_OF_STRIDE = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 
@@ -111,14 +114,22 @@ class NetworkClassifier(ImageClassifier):
     """
 
     @configurable
-    def __init__(self, *, network: nn.Module, levels: Optional[Dict[str, Tuple[str, int]]] = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        levels: Optional[Dict[str, Tuple[str, int]]] = None,
+        heads: Sequence[str] = (),
+        **kwargs,
+    ):
         """
         Args:
             network: maps normalised images (N, 3, H, W) to logits (N, K).
             levels: module name and channels of feature levels by name, e.g. {"res5": ("layer4", 2048)}.
+            heads: names of its modules that are no part of a backbone.
             kwargs: see :class:`ImageClassifier`, without ``backbone`` and ``in_feature``.
         """
-        super().__init__(backbone=_Network(network, levels or {}), in_feature="logits", **kwargs)
+        super().__init__(backbone=_Network(network, levels or {}, heads), in_feature="logits", **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict:
@@ -130,15 +141,16 @@ class NetworkClassifier(ImageClassifier):
             )
         if library == "timm":
             network = _import_timm().create_model(name, pretrained=False, num_classes=node.NUM_CLASSES)
-            levels = _levels(network)
+            levels, heads = _levels(network), _heads(network)
         else:
             from torchvision import models
 
             network = models.get_model(name, weights=None, num_classes=node.NUM_CLASSES)
-            levels = {}
+            levels, heads = {}, _TORCHVISION_HEADS
         return {
             "network": network,
             "levels": levels,
+            "heads": heads,
             "num_classes": node.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -171,9 +183,10 @@ class _Logits(nn.Identity):
 
 
 class _Network(Backbone):
-    def __init__(self, network: nn.Module, levels: Dict[str, Tuple[str, int]]):
+    def __init__(self, network: nn.Module, levels: Dict[str, Tuple[str, int]], heads: Sequence[str]):
         super().__init__()
         self.network = network
+        self.head_prefixes = tuple(f"network.{head}." for head in heads)
         # As Detectron2's ResNet declares its stages. Registered once, inside the network; here only by name.
         self._out_feature_channels = {level: channels for level, (_, channels) in levels.items()}
         self._out_feature_strides = {level: stride for stride, level in _LEVEL_OF_STRIDE.items() if level in levels}
@@ -184,6 +197,12 @@ class _Network(Backbone):
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         return {"logits": self.network(x)}
+
+
+def _heads(network: nn.Module) -> List[str]:
+    """The modules that hold the classifier, as timm declares them."""
+    names = network.pretrained_cfg.get("classifier") or ()
+    return [name.partition(".")[0] for name in ([names] if isinstance(names, str) else names)]
 
 
 def _levels(network: nn.Module) -> Dict[str, Tuple[str, int]]:

@@ -30,6 +30,11 @@ class LogitLoss(DistillationLoss):
                 for s, t in pairs
             ]
         else:
+            if not any(hasattr(network, "roi_heads") for network in (student, teacher)):
+                raise ValueError(
+                    f"{cls.__name__} without taps compares regions, and neither network has roi_heads; "
+                    f'KD.{cls.name.upper()}.STUDENT_TAPS names the logits to compare, ("linear",) in a classifier.'
+                )
             counts = [
                 tuple(
                     RegionHead(getattr(network, "roi_heads", None), side=side).num_classes

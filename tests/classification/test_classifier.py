@@ -138,6 +138,12 @@ def test_soft_targets_need_equal_class_counts(tmp_path):
         build_model(cfg)
 
 
+def test_soft_targets_ask_a_classifier_for_taps(tmp_path):
+    cfg = distilled_cfg(tmp_path, "SoftTargetLoss", KD__SOFT_TARGET__STUDENT_TAPS=())
+    with pytest.raises(ValueError, match=r'KD.SOFT_TARGET.STUDENT_TAPS names .* \("linear",\) in a classifier'):
+        build_model(cfg)
+
+
 def test_a_backbone_without_such_a_tap(tmp_path):
     cfg = distilled_cfg(tmp_path, "NSTLoss", KD__NST__STUDENT_TAPS=("res7",))
     with pytest.raises(ValueError, match="Unknown tap of the student 'res7'"):

@@ -3,9 +3,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.modeling import build_backbone, build_model
+from torch import nn
 
 from kd_det import add_kd_config, build_teacher
+from kd_det.classification.networks import configure_network
+from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
 from kd_det.teacher import Teacher
 from tests.classification.tiny_classifier import classifier_cfg
 from tests.test_convert import features, trained
@@ -77,6 +82,42 @@ def test_a_named_network_is_taken_whole(tmp_path, name, create, level, module):
     assert torch.allclose(maps[level][0], seen[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["torchvision://mobilenet_v2", "torchvision://vit_b_16", "timm://levit_128s"])
+def test_a_networks_head_is_no_part_of_its_backbone(name):
+    cfg = classifier_cfg()
+    configure_network(cfg, name)
+    model = build_model(cfg)
+    found = {key.removeprefix("network.") for key in backbone_weights(model)}
+    heads = {"mobilenet_v2": "classifier.", "vit_b_16": "heads.", "levit_128s": ("head.", "head_dist.")}
+    own = {key for key in model.backbone.network.state_dict() if not key.endswith("num_batches_tracked")}
+    dropped = {key for key in own if key.startswith(heads[name.partition("://")[2]])}
+    assert dropped and found == own - dropped
+
+
+def test_the_backbone_of_a_timm_network_is_a_detectors(tmp_path):
+    cfg = classifier_cfg(CLASSIFICATION__NUM_CLASSES=5)
+    configure_network(cfg, "timm://mobilenetv2_100")
+    classifier = build_model(cfg).eval()
+    trained(classifier.backbone.network)
+    save_backbone(str(tmp_path / "backbone.pkl"), backbone_weights(classifier), backbone_metadata(cfg))
+    cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+    cfg.MODEL.TIMM.NAME = "mobilenetv2_100"
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    detector = nn.ModuleDict({"backbone": build_backbone(cfg)}).eval()
+    keys = DetectionCheckpointer(detector)._load_model(
+        DetectionCheckpointer(detector)._load_file(str(tmp_path / "backbone.pkl"))
+    )
+    assert not [key for key in keys.missing_keys if "bottom_up" in key]
+    x = torch.rand(1, 3, 64, 64)
+    maps, taps = {}, classifier.backbone
+    for level in ("res2", "res3", "res4", "res5"):
+        getattr(taps, level).register_forward_hook(lambda m, args, out, level=level: maps.update({level: out}))
+    with torch.no_grad():
+        taps.network(x)
+        for level, map in detector["backbone"].bottom_up(x).items():
+            assert torch.allclose(map, maps[level], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -109,7 +150,5 @@ def test_a_network_must_be_named():
     add_kd_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "NetworkClassifier"
     cfg.MODEL.DEVICE = "cpu"
-    from detectron2.modeling import build_model
-
     with pytest.raises(ValueError, match="CLASSIFICATION.NETWORK must be torchvision://NAME or timm://NAME, found ''"):
         build_model(cfg)
