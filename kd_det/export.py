@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -12,7 +12,7 @@ from detectron2.export import TracingAdapter
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
-from kd_det.backbones import timm_backbone
+from kd_det.backbones import basic_resnet, timm_backbone
 from kd_det.checkpoint import load_strictly
 from kd_det.config_file import add_missing_keys, merge_config_file
 from kd_det.distiller import student_cfg
@@ -114,9 +114,10 @@ def export_student(
         torch.save({"model": _weights(model, half)}, os.path.join(made, WEIGHTS))
         with open(os.path.join(made, CONFIG), "w") as file:
             file.write(cfg.dump())
-        if _uses_timm(cfg):
-            files.append(os.path.basename(timm_backbone.__file__))
-            shutil.copy(timm_backbone.__file__, made)
+        backbone_file = _backbone_file(cfg)
+        if backbone_file:
+            files.append(os.path.basename(backbone_file))
+            shutil.copy(backbone_file, made)
         error, detections = _check_run(cfg, model, made, images)
         if not error <= TOLERANCE[half]:
             raise ValueError(f"The exported student differs from the trained one: its maps by {error:.2g}, relatively.")
@@ -153,6 +154,13 @@ def plain_cfg(cfg: CfgNode) -> CfgNode:
 
 def _uses_timm(cfg: CfgNode) -> bool:
     return bool(cfg.MODEL.get("TIMM", {}).get("NAME", ""))
+
+
+def _backbone_file(cfg: CfgNode) -> Optional[str]:
+    """The file of kd_det that registers the backbone's builder; None where the builder is not kd_det's."""
+    if _uses_timm(cfg):
+        return timm_backbone.__file__
+    return basic_resnet.__file__ if cfg.MODEL.BACKBONE.NAME in basic_resnet.__all__ else None
 
 
 def _weights(model: nn.Module, half: bool) -> Dict[str, Tensor]:
@@ -223,12 +231,15 @@ def _needs(model: nn.Module) -> Tuple[str, ...]:
 
 
 def _readme(cfg: CfgNode, report: ExportReport, half: bool, fields: List[str], size: int) -> str:
-    timm = _uses_timm(cfg)
+    timm, backbone_file = _uses_timm(cfg), _backbone_file(cfg)
     needs = " and ".join(("Detectron2", *report.needs)) + ", not kd_det"
+    imports = ""
+    if backbone_file:
+        module = os.path.basename(backbone_file).removesuffix(".py")
+        imports = f"from {module} import add_timm_config" if timm else f"import {module}"
+        imports += "  # the file beside the config; it registers the backbone\n"
     loading = _LOADING.format(
-        imports="from timm_backbone import add_timm_config  # the file beside the config; it registers the backbone\n"
-        if timm
-        else "",
+        imports=imports,
         add_config="add_timm_config(cfg)\n" if timm else "",
         config=CONFIG,
         weights=WEIGHTS,

@@ -135,6 +135,19 @@ def test_a_timm_student_brings_its_backbone(tmp_path):
     assert count > 0
 
 
+def test_a_narrow_resnet_student_brings_its_backbone(tmp_path):
+    cfg = standard_cfg(
+        MODEL__BACKBONE__NAME="build_basic_resnet_fpn_backbone",
+        MODEL__RESNETS__STEM_OUT_CHANNELS=8,
+        MODEL__RESNETS__RES2_OUT_CHANNELS=8,
+    )
+    checkpoint(cfg, tmp_path / "w.pth")
+    report = export_student(cfg, str(tmp_path / "w.pth"), str(tmp_path / "out"))
+    assert "basic_resnet.py" in report.files and report.needs == ()
+    count, _ = run_alone(tmp_path / "out")
+    assert count > 0
+
+
 @pytest.mark.parametrize(
     "problem,message",
     [

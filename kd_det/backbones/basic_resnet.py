@@ -1,11 +1,16 @@
-"""Detectron2's ResNets of basic blocks in any width."""
+"""
+Detectron2's ResNets of basic blocks in any width, alone or under a feature pyramid.
+
+This file needs Detectron2 and nothing else of kd_det: an exported student carries a copy of it.
+"""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
-__all__ = ["build_basic_resnet_backbone"]
+__all__ = ["build_basic_resnet_backbone", "build_basic_resnet_fpn_backbone"]
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
@@ -41,3 +46,16 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         )
         in_channels, out_channels = out_channels, 2 * out_channels
     return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+@BACKBONE_REGISTRY.register()
+def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """:func:`build_basic_resnet_backbone` under Detectron2's feature pyramid, p2 to p6."""
+    return FPN(
+        bottom_up=build_basic_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
