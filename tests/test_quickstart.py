@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -16,63 +15,6 @@ spec = importlib.util.spec_from_file_location("quickstart", TOOL)
 quickstart = importlib.util.module_from_spec(spec)
 sys.modules["quickstart"] = quickstart  # dataclasses look their module up
 spec.loader.exec_module(quickstart)
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run that was just started: only its config is there."""
-    data = tmp_path / "dataset.json"
-    data.write_text("{}")
-    os.utime(data, (1, 1))
-    run = quickstart.Run("x", str(tmp_path / "x"), ["--config-file", quickstart.STUDENT, "SEED", "3"], [str(data)])
-    Path(run.output_dir).mkdir()
-    Path(run.output_dir, "config.yaml").write_text(run.cfg().dump())
-    return run
-
-
-def finish(run):
-    Path(run.weights).touch()
-    Path(run.output_dir, "last_checkpoint").write_text("model_final.pth")
-    Path(run.output_dir, "metrics.json").write_text(json.dumps({"bbox/AP": 1.0, "time": 0.1}) + "\n")
-
-
-def test_a_run_without_checkpoint_is_new(run):
-    assert run.state() == "new"
-    Path(run.output_dir, "config.yaml").unlink()
-    assert run.state() == "new"
-
-
-def test_a_run_is_resumed_until_it_is_evaluated(run):
-    last = Path(run.output_dir, "last_checkpoint")
-    last.write_text("model_0000009.pth")
-    assert run.state() == "interrupted"
-    Path(run.weights).touch()
-    assert run.state() == "interrupted"
-    finish(run)
-    assert run.state() == "finished"
-
-
-def test_a_finished_run_is_made_anew_for_another_config_or_younger_inputs(run):
-    finish(run)
-    other = quickstart.Run("x", run.output_dir, [*run.arguments, "SOLVER.MAX_ITER", "7"], run.inputs)
-    assert (run.state(), other.state()) == ("finished", "new")
-    os.utime(run.inputs[0])
-    os.utime(run.weights, (2, 2))
-    assert run.state() == "new"
-
-
-def test_what_is_there_is_not_trained_again(run, monkeypatch, capsys):
-    commands = []
-    monkeypatch.setattr(quickstart, "run_command", commands.append)
-    finish(run)
-    quickstart.train(run)
-    assert commands == [] and f"{run.weights} is there, reused" in capsys.readouterr().out
-    Path(run.output_dir, "metrics.json").unlink()
-    quickstart.train(run)
-    assert commands.pop() == ["tools/train_net.py", "--resume", *run.command[1:]]
-    Path(run.output_dir, "config.yaml").unlink()
-    quickstart.train(run)
-    assert commands.pop() == run.command and not Path(run.output_dir).exists()
 
 
 def test_alone_and_distilled_differ_in_the_teacher_only(tmp_path):
@@ -94,17 +36,13 @@ def test_the_distilled_config_is_what_the_arguments_make(tmp_path):
     _, pairs = quickstart.plan(args, str(tmp_path))
     by_arguments = pairs[0][1].cfg()
     config_file = os.path.join(quickstart.CONFIGS, "student_distilled.yaml")
-    written = quickstart.Run("x", by_arguments.OUTPUT_DIR, ["--config-file", config_file, "SEED", "0"]).cfg()
+    arguments = ["--config-file", config_file, "SEED", "0"]
+    written = quickstart.Run("x", "tools/train_net.py", by_arguments.OUTPUT_DIR, arguments).cfg()
     by_arguments, written = (yaml.safe_load(cfg.dump()) for cfg in (by_arguments, written))
     for kd in (by_arguments["KD"], written["KD"]):
         assert [loss.removesuffix("Loss") for loss in kd.pop("LOSSES")] == ["NST", "SoftTarget"]
         assert os.path.samefile(ROOT / kd["TEACHER"].pop("CONFIG_FILE"), quickstart.TEACHER)
     assert written == by_arguments
-
-
-def test_a_failing_command_is_one_line_for_the_user():
-    with pytest.raises(ValueError, match=r"^tools/train_net.py ended with exit status 1"):
-        quickstart.run_command(["tools/train_net.py", "--config-file", "/nowhere.yaml"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ each seed and prints a table instead.
 """
 
 import itertools
+import os
 
 from detectron2.engine import default_setup
 from detectron2.utils import comm
@@ -40,9 +41,15 @@ def main(args):
 
 def check_and_launch(args):
     if args.compare:
+        alone = ("config_file", "resume", "eval_only", "teacher", "losses")
+        if ignored := [f"--{name.replace('_', '-')}" for name in alone if getattr(args, name)]:
+            raise ValueError(f"--compare trains the configs behind it; without {', '.join(ignored)}.")
+        if args.num_machines > 1:
+            raise ValueError("--compare runs on one machine.")
         # KEY VALUE pairs behind --compare are its values to argparse.
         files = list(itertools.takewhile(lambda name: name.endswith(".yaml"), args.compare))
-        print(compare(files, args.seeds, args.compare[len(files) :] + args.opts, tool=__file__))
+        opts = args.compare[len(files) :] + args.opts
+        print("\n" + compare(files, args.seeds, opts, tool=os.path.relpath(__file__), num_gpus=args.num_gpus))
         return
     cfg = setup(args)
     check_trainer(cfg, ClassificationTrainer)

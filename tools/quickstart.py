@@ -9,35 +9,28 @@ student with NST and soft targets from the teacher, and compare them. What is al
 import argparse
 import os
 import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
 
 import cv2
 import torch
-import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from kd_det import student_cfg
 from kd_det.data import register_digits
-from kd_det.engine import argument_parser, load_config, parse_arguments, plain_student_cfg, run_tool
+from kd_det.engine import Run, plain_student_cfg, run_command, run_tool
 from kd_det.engine.cli import UserError
 from kd_det.visualization import (
     comparison_table,
     detection_grid,
     draw_detections,
     draw_ground_truth,
-    read_metrics,
     seeds_table,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CONFIGS = os.path.relpath(os.path.join(ROOT, "configs", "Quickstart"))
+CONFIGS, TOOLS = (os.path.relpath(os.path.join(ROOT, path)) for path in ("configs/Quickstart", "tools"))
 TEACHER, STUDENT = (os.path.join(CONFIGS, f"{name}.yaml") for name in ("teacher_R_50_FPN", "student_R_18_FPN"))
 # Small enough for a CPU: a digit is 10 to 40 pixels high.
 DATASET = "--num-train 2500 --num-val 300 --size 96 --num-crops 0 --num-val-crops 0 --light".split()
@@ -45,63 +38,22 @@ PICTURED_IMAGES = 6
 COMPARED_IMAGES = 50
 
 
-@dataclass
-class Run:
-    """One training: the arguments of tools/train_net.py, and the files that it is made from."""
-
-    name: str
-    output_dir: str
-    arguments: list[str]
-    inputs: list[str] = field(default_factory=list)
-
-    @property
-    def command(self) -> list[str]:
-        return ["tools/train_net.py", *self.arguments, "OUTPUT_DIR", self.output_dir]
-
-    @property
-    def weights(self) -> str:
-        return os.path.join(self.output_dir, "model_final.pth")
-
-    def cfg(self):
-        return load_config(parse_arguments(argument_parser(), self.command[1:]))
-
-    def state(self) -> str:
-        """
-        "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config that was evaluated after
-        its last step, whose checkpoint is younger than what it was made from.
-        """
-        if not self._has_this_config():
-            return "new"
-        if not os.path.isfile(self.weights):
-            return "interrupted" if os.path.isfile(os.path.join(self.output_dir, "last_checkpoint")) else "new"
-        if any(os.path.getmtime(path) > os.path.getmtime(self.weights) for path in self.inputs):
-            return "new"
-        return "finished" if read_metrics(self.output_dir) else "interrupted"
-
-    def _has_this_config(self) -> bool:
-        try:
-            with open(os.path.join(self.output_dir, "config.yaml")) as f:
-                return yaml.safe_load(f) == yaml.safe_load(self.cfg().dump())
-        except (FileNotFoundError, yaml.YAMLError):
-            return False
-
-
 def main(args):
     start = time.perf_counter()
     dataset = os.path.join(args.output, "datasets", "digits")
     os.environ["DETECTRON2_DATASETS"] = os.path.dirname(dataset)  # for the commands below
     print(f"export DETECTRON2_DATASETS={shlex.quote(os.path.dirname(dataset))}", flush=True)
-    run_command(["tools/make_offline_dataset.py", "--output", dataset, *DATASET])
+    run_command([f"{TOOLS}/make_offline_dataset.py", "--output", dataset, *DATASET])
     register_digits(dataset, prefix="quickstart")
 
     teacher, pairs = plan(args, dataset)
     for run in [teacher, *(run for pair in pairs.values() for run in pair)]:
-        train(run)
+        run.complete()
 
     compared = [teacher, *pairs[args.seeds[0]]]
-    table = comparison_table([(run.name, parameters(run), read_metrics(run.output_dir)) for run in compared])
+    table = comparison_table([(run.name, parameters(run), run.metrics()) for run in compared])
     if len(pairs) > 1:
-        ap = {seed: tuple(read_metrics(run.output_dir)["bbox/AP"] for run in pair) for seed, pair in pairs.items()}
+        ap = {seed: tuple(run.metrics()["bbox/AP"] for run in pair) for seed, pair in pairs.items()}
         table += "\n\n" + seeds_table(("alone", "distilled"), ap)
     table_file, picture = os.path.join(args.output, "table.md"), os.path.join(args.output, "detections.png")
     with open(table_file, "w") as f:
@@ -118,7 +70,7 @@ def plan(args, dataset: str) -> tuple[Run, dict[int, tuple[Run, Run]]]:
 
     def run(name, config_file, folder, seed, *arguments, inputs=()):
         arguments = ["--config-file", config_file, *arguments, "SEED", str(seed), *args.opts]
-        return Run(name, os.path.join(args.output, folder), arguments, [data, *inputs])
+        return Run(name, f"{TOOLS}/train_net.py", os.path.join(args.output, folder), arguments, [data, *inputs])
 
     teacher = run("teacher R-50-FPN", TEACHER, "teacher", 0)
     from_teacher = ["--teacher", TEACHER, "--teacher-weights", teacher.weights]
@@ -135,38 +87,6 @@ def plan(args, dataset: str) -> tuple[Run, dict[int, tuple[Run, Run]]]:
         )
         pairs[seed] = (alone, distilled)
     return teacher, pairs
-
-
-def train(run: Run) -> None:
-    state = run.state()
-    if state == "finished":
-        print(f"{run.name}: {run.weights} is there, reused", flush=True)
-        return
-    if state == "new":
-        shutil.rmtree(run.output_dir, ignore_errors=True)
-        run_command(run.command)
-    else:
-        print(f"{run.name}: interrupted in {run.output_dir}, resumed", flush=True)
-        script, *arguments = run.command
-        run_command([script, "--resume", *arguments])
-
-
-def run_command(command: list[str]) -> None:
-    """
-    Print and run a Python script of this repository.
-
-    Raises:
-        UserError: it failed; it has said why.
-    """
-    print(f"\n$ python {shlex.join(command)}", flush=True)
-    # Ctrl-C reaches the script as well, which saves what it has: wait for that, subprocess.run would kill it.
-    interrupt = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        status = subprocess.call([sys.executable, "-W", "ignore", os.path.join(ROOT, command[0]), *command[1:]])
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    if status:
-        raise UserError(f"{command[0]} ended with exit status {status}; run this again to go on from here")
 
 
 def parameters(run: Run) -> int:
@@ -208,7 +128,7 @@ def check_plain(output: str, run: Run) -> str:
         with open(path, "w") as f:
             f.write(text)
     files = ["--config-file", config_file, "--weights", run.weights, "--images", images_file, "--output", found_file]
-    run_command(["tools/plain_detections.py", *files])
+    run_command([f"{TOOLS}/plain_detections.py", *files])
     distiller, detections = predictor(run), 0
     for path, (boxes, scores, classes) in zip(images, torch.load(found_file)):
         instances = distiller(cv2.imread(path))["instances"].to("cpu")

@@ -1,42 +1,12 @@
-"""Tables of results, from what Detectron2's writers left in a run's ``metrics.json``."""
+"""Tables of results."""
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
-__all__ = ["comparison_table", "read_metrics", "seeds_table"]
-
-
-def read_metrics(output_dir: str) -> dict[str, float]:
-    """
-    The last evaluation of a finished run and its speed.
-
-    Args:
-        output_dir: ``OUTPUT_DIR`` of the run.
-
-    Returns:
-        The last value of every ``bbox/...`` key (AP in percent), and ``time``, the median of the seconds a training
-        step took (Detectron2 leaves out the first three). Empty if there is no evaluation.
-    """
-    path = os.path.join(output_dir, "metrics.json")
-    if not os.path.isfile(path):
-        return {}
-    lines = []
-    with open(path) as f:
-        for line in f:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                pass  # the line that a kill cut off
-    ret = {key: value for line in lines for key, value in line.items() if key.startswith("bbox/")}
-    times = [line["time"] for line in lines if "time" in line]
-    if ret and times:
-        ret["time"] = statistics.median(times)
-    return ret
+__all__ = ["comparison_table", "seeds_table"]
 
 
 def comparison_table(rows: Sequence[tuple[str, int, Mapping[str, float]]]) -> str:
@@ -44,7 +14,7 @@ def comparison_table(rows: Sequence[tuple[str, int, Mapping[str, float]]]) -> st
     A Markdown table of models.
 
     Args:
-        rows: name, number of parameters and metrics (see :func:`read_metrics`) of each.
+        rows: name, number of parameters and metrics (see :func:`kd_det.engine.read_metrics`) of each.
     """
     table = [
         (name, f"{parameters:,}", f"{m.get('time', math.nan):.3f}", f"{m['bbox/AP']:.1f}", f"{m['bbox/AP50']:.1f}")

@@ -1,78 +1,124 @@
+import json
 import os
+from pathlib import Path
 
 import pytest
+import yaml
 
-from kd_det.classification.compare import compare, final_accuracy
+from kd_det.classification import compare as module
+from kd_det.engine import argument_parser, load_config, parse_arguments, runs
+from kd_det.engine.cli import UserError
 
-# Stands in for tools/pretrain_backbone.py: seed 0 ends at 50 (at), 70 (nst), seed 1 ten higher.
-TOOL = """
-import json, os, sys
-options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
-folder = options["OUTPUT_DIR"]
-os.makedirs(folder)
-top1 = {"at": 50, "nst": 70}[os.path.basename(sys.argv[2])[:-5]] + 10 * int(options["SEED"])
-with open(os.path.join(folder, "metrics.json"), "w") as f:
-    last = {"classification/top1": top1, "classification/top5": 90.0}
-    for line in ({"time": 0.25}, {"classification/top1": 1.0}, last):
-        print(json.dumps(line), file=f)
-open(os.path.join(folder, "backbone.pkl"), "w").close()
-print("training")
-"""
+# What each run ends at: seed 0 at this, seed 1 ten higher.
+TOP1 = {"at": 50.0, "nst": 70.0}
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
+def commands(tmp_path, monkeypatch):
+    """Two configs, and what stands in for training them: it keeps the commands and writes what the tool writes."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tool.py").write_text(TOOL)
-    for name in ("at", "nst"):
-        (tmp_path / f"{name}.yaml").write_text(f"OUTPUT_DIR: out/{name}\n")
-    return ["at.yaml", "nst.yaml"]
+    seen = []
+
+    def run_command(command, log=None):
+        seen.append(command)
+        args = parse_arguments(argument_parser(), command[1:])
+        cfg = load_config(args)
+        folder = Path(cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        (folder / "last_checkpoint").write_text("model_final.pth")
+        (folder / "model_final.pth").touch()
+        top1 = TOP1[Path(args.config_file).stem] + 10 * cfg.SEED
+        last = {"classification/top1": top1, "classification/top5": 90.0}
+        lines = ({"time": 0.25}, {"classification/top1": 1.0}, last)
+        (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(runs, "run_command", run_command)
+    monkeypatch.setattr(module, "check_run", lambda cfg, args: None)
+    for name in TOP1:
+        keys = {"OUTPUT_DIR": f"out/{name}", "MODEL": {"META_ARCHITECTURE": "ImageClassifier"}, "VERSION": 2}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(keys))
+    return seen
+
+
+def compare(names, seeds, opts=(), **kwargs):
+    return module.compare([f"{name}.yaml" for name in names], seeds, opts, tool="tool.py", **kwargs)
 
 
 def rows(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_the_table_holds_mean_spread_and_each_seed(runs):
-    header, _, at, nst = rows(compare(runs, [0, 1], [], tool="tool.py"))
+def test_the_table_holds_mean_spread_and_each_seed(commands):
+    header, _, at, nst = rows(compare(["at", "nst"], [0, 1]))
     assert header == ["config", "top-1", "top-5", "top-1 of seeds 0 1", "s/step"]
     assert at == ["at", "55.0 ± 7.1", "90.0 ± 0.0", "50.0 60.0", "0.25"]  # sqrt(5^2 + 5^2) = 7.07
     assert nst[:4] == ["nst", "75.0 ± 7.1", "90.0 ± 0.0", "70.0 80.0"]
-    assert os.path.isdir("out/at/seed_1")
+    assert os.path.isdir("out/at/seed_1") and len(commands) == 4
 
 
-def test_complete_runs_are_read_not_repeated(runs, capsys):
-    first = compare(runs[:1], [0], [], tool="tool.py")
-    os.remove("tool.py")
-    assert compare(runs[:1], [0], [], tool="tool.py") == first
-    assert "out/at/seed_0: already complete, reused" in capsys.readouterr().out
-    os.remove("out/at/seed_0/backbone.pkl")
-    assert final_accuracy("out/at/seed_0") is None
+def test_complete_runs_are_read_and_interrupted_ones_resumed(commands, capsys):
+    first = compare(["at"], [0])
+    assert compare(["at"], [0]) == first and len(commands) == 1
+    assert "out/at/seed_0/model_final.pth is there, reused" in capsys.readouterr().out
+    os.remove("out/at/seed_0/model_final.pth")
+    assert compare(["at"], [0]) == first
+    assert commands[1] == ["tool.py", "--resume", *commands[0][1:]]
 
 
-def test_one_folder_for_all_runs(runs):
-    compare(runs, [3], ["OUTPUT_DIR", "elsewhere"], tool="tool.py")
+def test_a_run_of_another_schedule_is_neither_read_nor_removed(commands):
+    compare(["at"], [1])
+    with pytest.raises(ValueError, match="out/at/seed_1 holds a run of another config.*OUTPUT_DIR FOLDER"):
+        compare(["nst", "at"], [1], ["SOLVER.MAX_ITER", "7"])
+    assert len(commands) == 1 and os.path.isfile("out/at/seed_1/model_final.pth")
+    compare(["at"], [1], ["SOLVER.MAX_ITER", "7", "OUTPUT_DIR", "other"])
+    assert len(commands) == 2
+
+
+def test_a_student_of_a_replaced_teacher_is_not_read(commands, tmp_path):
+    (tmp_path / "teacher.pth").touch()
+    os.utime("teacher.pth", (1, 1))
+    opts = ["KD.TEACHER.WEIGHTS", "teacher.pth"]
+    compare(["at"], [0], opts)
+    compare(["at"], [0], opts)
+    os.utime("out/at/seed_0/model_final.pth", (1, 1))
+    os.utime("teacher.pth")
+    with pytest.raises(ValueError, match="of a teacher that was replaced since"):
+        compare(["at"], [0], opts)
+
+
+def test_options_reach_every_run(commands):
+    compare(["at", "nst"], [3], ["OUTPUT_DIR", "elsewhere"], num_gpus=2)
     assert sorted(os.listdir("elsewhere")) == ["at", "nst"] and os.path.isdir("elsewhere/nst/seed_3")
+    assert all(command[1:3] == ["--num-gpus", "2"] for command in commands)
 
 
 @pytest.mark.parametrize(
-    "configs, opts, message",
+    "names, opts, message",
     [
-        (["at.yaml", "none.yaml"], [], r"\.yaml files that exist; missing: none\.yaml\."),
+        (["at", "none"], [], r"\.yaml files that exist; missing: none\.yaml\."),
         ([], [], "missing: all"),
-        (["at.yaml"], ["OUTPUT_DIR"], "KEY VALUE pairs behind the configs, found OUTPUT_DIR"),
+        (["at"], ["OUTPUT_DIR"], "KEY VALUE pairs behind the configs, found OUTPUT_DIR"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_first_run(runs, configs, opts, message):
+def test_what_is_wrong_is_said_before_the_first_run(commands, names, opts, message):
     with pytest.raises(ValueError, match=message):
-        compare(configs, [0], opts, tool="tool.py")
-    assert not os.path.exists("out")
+        compare(names, [0], opts)
+    assert not commands and not os.path.exists("out")
 
 
-def test_a_failed_run_and_a_config_without_a_folder(runs, tmp_path):
-    (tmp_path / "tool.py").write_text("import sys; sys.exit(3)")
-    with pytest.raises(ValueError, match="at.yaml with seed 0 ended with status 3"):
-        compare(runs, [0], [], tool="tool.py")
+def test_every_config_is_checked_before_the_first_run(commands, monkeypatch):
+    def check_run(cfg, args):
+        if args.config_file == "nst.yaml":
+            raise UserError("its teacher is not there")
+
+    monkeypatch.setattr(module, "check_run", check_run)
+    with pytest.raises(ValueError, match="^nst.yaml: its teacher is not there"):
+        compare(["at", "nst"], [0])
+    assert not commands
+
+
+def test_a_config_without_a_folder(commands, tmp_path):
     (tmp_path / "at.yaml").write_text("VERSION: 2\n")
     with pytest.raises(ValueError, match="at.yaml sets no OUTPUT_DIR"):
-        compare(runs, [0], [], tool="tool.py")
+        compare(["at"], [0])

@@ -151,10 +151,28 @@ def test_weights_are_suggested(tmp_path, folder, capsys):
 
 def test_pairs_may_follow_the_compared_configs(tool, monkeypatch):
     seen = []
-    monkeypatch.setattr(tool, "compare", lambda files, seeds, opts, tool: seen.extend([files, seeds, opts]))
+
+    def compare(files, seeds, opts, *, tool, num_gpus):
+        seen.extend([files, seeds, opts])
+        return ""
+
+    monkeypatch.setattr(tool, "compare", compare)
     argv = ["--seeds", "0", "3", "--compare", "a.yaml", "b.yaml", "OUTPUT_DIR", "x", "SOLVER.MAX_ITER", "5"]
     tool.check_and_launch(tool.parse_arguments(tool.get_parser(), argv))
     assert seen == [["a.yaml", "b.yaml"], [0, 3], ["OUTPUT_DIR", "x", "SOLVER.MAX_ITER", "5"]]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config-file", "b.yaml", "--resume"], "without --config-file, --resume"),
+        (["--num-machines", "2", "--dist-url", "tcp://localhost:1"], "on one machine"),
+    ],
+)
+def test_what_does_not_go_with_compare(tool, argv, message):
+    args = tool.parse_arguments(tool.get_parser(), [*argv, "--compare", "a.yaml"])
+    with pytest.raises(ValueError, match=message):
+        tool.check_and_launch(args)
 
 
 def empty_class(cfg, root):

@@ -1,37 +1,6 @@
-import json
-
 import pytest
 
-from kd_det.visualization import comparison_table, read_metrics, seeds_table
-
-
-def write(folder, *lines):
-    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_the_last_evaluation_and_the_median_step_are_read(tmp_path):
-    write(
-        tmp_path,
-        {"iteration": 19, "time": 0.9},
-        {"iteration": 39, "time": 0.2},
-        {"iteration": 40, "bbox/AP": 10.0, "bbox/AP50": 20.0},
-        {"iteration": 59, "time": 0.3},
-        {"iteration": 60, "bbox/AP": 12.0, "bbox/AP50": 25.0},
-    )
-    assert read_metrics(str(tmp_path)) == {"bbox/AP": 12.0, "bbox/AP50": 25.0, "time": 0.3}
-
-
-def test_a_run_without_an_evaluation_has_no_metrics(tmp_path):
-    assert read_metrics(str(tmp_path)) == {}
-    write(tmp_path, {"iteration": 19, "time": 0.9})
-    assert read_metrics(str(tmp_path)) == {}
-
-
-def test_a_line_that_a_kill_cut_off_is_skipped(tmp_path):
-    write(tmp_path, {"iteration": 40, "time": 0.5, "bbox/AP": 10.0})
-    with open(tmp_path / "metrics.json", "a") as f:
-        f.write('{"iteration": 60, "bbox/A')
-    assert read_metrics(str(tmp_path)) == {"bbox/AP": 10.0, "time": 0.5}
+from kd_det.visualization import comparison_table, seeds_table
 
 
 def test_comparison_table():
