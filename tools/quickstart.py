@@ -33,7 +33,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS, TOOLS = (os.path.relpath(os.path.join(ROOT, path)) for path in ("configs/Quickstart", "tools"))
 TEACHER, STUDENT = (os.path.join(CONFIGS, f"{name}.yaml") for name in ("teacher_R_50_FPN", "student_R_18_FPN"))
 # Small enough for a CPU: a digit is 10 to 40 pixels high.
-DATASET = "--num-train 2500 --num-val 300 --size 96 --num-crops 0 --num-val-crops 0 --light".split()
+DATASET = "--num-train 2500 --num-val 300 --size 96 --light".split()
 PICTURED_IMAGES = 6
 COMPARED_IMAGES = 50
 
