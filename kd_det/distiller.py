@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from kd_det.classification.classifier import is_classifier
 from kd_det.compat import has_event_storage
 from kd_det.config import check_kd_config
 from kd_det.errors import unknown_name
@@ -295,7 +296,7 @@ def student_cfg(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT.META_ARCHITECTURE
     del cfg["KD"]
-    if not cfg.MODEL.META_ARCHITECTURE.endswith("Classifier"):
+    if not is_classifier(cfg.MODEL.META_ARCHITECTURE):
         del cfg["CLASSIFICATION"]
     if not cfg.MODEL.TIMM.NAME:
         del cfg.MODEL["TIMM"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_det.adapters import configure_feature_teacher
 from kd_det.checkpoint import load_strictly
+from kd_det.classification.classifier import is_classifier
 from kd_det.classification.networks import NETWORK_SOURCES, configure_network
 from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
@@ -45,7 +46,7 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     add_missing_keys(teacher_cfg, cfg)
     weights = cfg.KD.TEACHER.WEIGHTS
     if name.partition("://")[0] in NETWORK_SOURCES:
-        teaches_classifier = cfg.KD.STUDENT.META_ARCHITECTURE.endswith("Classifier")
+        teaches_classifier = is_classifier(cfg.KD.STUDENT.META_ARCHITECTURE)
         (configure_network if teaches_classifier else configure_feature_teacher)(teacher_cfg, name)
     elif "://" in name:
         raise ValueError(

@@ -18,7 +18,7 @@ from kd_det.convert import classifier_names
 from kd_det.errors import unknown_name
 from kd_det.regions import valid_mask
 
-__all__ = ["ImageClassifier"]
+__all__ = ["ImageClassifier", "is_classifier"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -176,3 +176,9 @@ class ImageClassifier(nn.Module):
                 )
                 raise ValueError(f"Weights that do not fit: {key} is {found}, expected {expected}.{hint}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def is_classifier(architecture: str) -> bool:
+    """Whether a meta-architecture, by its registered name, is an ``ImageClassifier`` or made from it."""
+    found = META_ARCH_REGISTRY.get(architecture) if architecture in META_ARCH_REGISTRY else None
+    return isinstance(found, type) and issubclass(found, ImageClassifier)

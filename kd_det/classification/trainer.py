@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from kd_det.classification.average import AverageWeights, WeightAverage
+from kd_det.classification.classifier import is_classifier
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.loader import build_test_loader, build_train_loader
 from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
@@ -91,7 +92,7 @@ class _ExportBackbone(HookBase):
 def trainer_class(cfg: CfgNode) -> type[Trainer]:
     """The trainer of a config: this stage's if the student is a classifier, kd_det's otherwise."""
     architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
-    return ClassificationTrainer if architecture.endswith("Classifier") else Trainer
+    return ClassificationTrainer if is_classifier(architecture) else Trainer
 
 
 def check_trainer(cfg: CfgNode, trainer: type[Trainer]) -> None:

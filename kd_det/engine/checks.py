@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from kd_det.checkpoint import SafeCheckpointer, find_weights, load_strictly
-from kd_det.classification import check_classes, check_input
+from kd_det.classification import check_classes, check_input, is_classifier
 from kd_det.convert import check_normalisation
 from kd_det.data import check_dataset, check_voc_evaluation
 from kd_det.engine.arguments import plain_student_cfg
@@ -70,7 +70,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         if weights.endswith(".pkl"):
             check_normalisation(SafeCheckpointer(torch.nn.Identity(), save_to_disk=False)._load_file(weights), cfg)
     training_sets = [] if args.eval_only else list(cfg.DATASETS.TRAIN)
-    if plain_student_cfg(cfg).MODEL.META_ARCHITECTURE.endswith("Classifier"):
+    if is_classifier(plain_student_cfg(cfg).MODEL.META_ARCHITECTURE):
         check_input(cfg)
         check_classes(cfg, training_sets + list(cfg.DATASETS.TEST))
         return

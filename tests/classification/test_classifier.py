@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 
 from kd_det import student_cfg
+from kd_det.classification import ImageClassifier, is_classifier
+from kd_det.classification.trainer import ClassificationTrainer, trainer_class
 from tests.classification.tiny_classifier import NUM_CLASSES, classifier_cfg, distilled_cfg, images
 
 
@@ -159,3 +161,16 @@ def test_soft_targets_are_those_of_whole_images(tmp_path):
     p = (t / 3).softmax(1)
     expected = 9 * (p * ((t / 3).log_softmax(1) - (s / 3).log_softmax(1))).sum(1).mean()
     assert found == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_classifier_is_known_by_its_class_not_its_name():
+    for name in ("PlainNamed", "LooksLikeAClassifier"):
+        META_ARCH_REGISTRY._do_register(name, ImageClassifier if name == "PlainNamed" else GeneralizedRCNN)
+    try:
+        assert is_classifier("PlainNamed") and is_classifier("NetworkClassifier")
+        assert not is_classifier("LooksLikeAClassifier") and not is_classifier("NoSuchArchitecture")
+        cfg = classifier_cfg(MODEL__META_ARCHITECTURE="Distiller", KD__STUDENT__META_ARCHITECTURE="PlainNamed")
+        assert "CLASSIFICATION" in student_cfg(cfg) and trainer_class(cfg) is ClassificationTrainer
+    finally:
+        for name in ("PlainNamed", "LooksLikeAClassifier"):
+            del META_ARCH_REGISTRY._obj_map[name]
