@@ -56,6 +56,21 @@ def test_a_finished_run_is_made_anew_for_another_config_or_younger_inputs(run):
     assert run.state() == "new"
 
 
+def test_the_weight_of_a_loss_matters_where_it_is_named(run, tmp_path):
+    def other(*pairs):
+        return Run("x", "tool.py", run.output_dir, [*run.arguments, *pairs], run.inputs)
+
+    finish(run)
+    assert other("KD.NST.WEIGHT", "3.0").state() == "finished"  # a plain student
+    distilled = ["MODEL.META_ARCHITECTURE", "Distiller", "KD.LOSSES", "('NST',)"]
+    Path(run.output_dir, "config.yaml").write_text(other(*distilled).cfg().dump())
+    assert other(*distilled, "KD.OVERHAUL.WEIGHT", "3.0").state() == "finished"
+    assert other(*distilled, "KD.NST.WEIGHT", "3.0").state() == "new"
+    assert other(*distilled, "KD.TEACHER.WEIGHTS", "other.pth").state() == "new"
+    Path(run.output_dir, "config.yaml").write_text("VERSION: 2\n")
+    assert run.state() == "new"
+
+
 def test_what_is_there_is_not_trained_again(run, monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(runs, "run_command", lambda command, log: commands.append(command))

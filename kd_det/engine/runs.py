@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 
 from kd_det.engine.arguments import argument_parser, load_config, parse_arguments
 from kd_det.engine.cli import UserError
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, loss_class
 
 __all__ = ["Run", "read_metrics", "run_command"]
 
@@ -85,8 +86,8 @@ class Run:
 
     def state(self) -> str:
         """
-        "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config that was evaluated after
-        its last step, whose checkpoint is younger than what it was made from.
+        "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config (but for losses that it
+        does not name) that was evaluated after its last step, whose checkpoint is younger than what it was made from.
         """
         if not self._has_this_config():
             return "new"
@@ -120,9 +121,19 @@ class Run:
     def _has_this_config(self) -> bool:
         try:
             with open(os.path.join(self.output_dir, "config.yaml")) as f:
-                return yaml.safe_load(f) == yaml.safe_load(self.cfg().dump())
-        except (FileNotFoundError, yaml.YAMLError):
+                found = yaml.safe_load(f)
+            return _used_keys(found) == _used_keys(yaml.safe_load(self.cfg().dump()))
+        except (FileNotFoundError, yaml.YAMLError, LookupError, TypeError, ValueError):  # no config of ours
             return False
+
+
+def _used_keys(config: dict) -> dict:
+    """A dumped config without the weights, taps, ... of losses that it does not name."""
+    if config["MODEL"]["META_ARCHITECTURE"] != "Distiller":
+        return {key: value for key, value in config.items() if key != "KD"}
+    named = {loss_class(name) for name in config["KD"]["LOSSES"]}
+    unused = {cls.name.upper() for _, cls in DISTILLATION_LOSS_REGISTRY if cls not in named}
+    return {**config, "KD": {key: value for key, value in config["KD"].items() if key not in unused}}
 
 
 def run_command(command: list[str], *, log: int | None = None) -> None:
