@@ -75,6 +75,21 @@ def test_a_run_of_another_schedule_is_neither_read_nor_removed(commands):
     assert len(commands) == 2
 
 
+def test_a_folder_of_other_files_is_left_alone(commands, tmp_path):
+    folder = tmp_path / "out" / "at" / "seed_0"
+    folder.mkdir(parents=True)
+    compare(["at"], [0])
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="or other files"):
+        compare(["at"], [0])
+    assert (folder / "thesis.txt").exists() and len(commands) == 1
+    (folder / "thesis.txt").rename(folder / "config.yaml")  # a run that failed before its first checkpoint
+    compare(["at"], [0])
+    assert len(commands) == 2
+
+
 def test_a_student_of_a_replaced_teacher_is_not_read(commands, tmp_path):
     (tmp_path / "teacher.pth").touch()
     os.utime("teacher.pth", (1, 1))
