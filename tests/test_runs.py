@@ -54,6 +54,17 @@ def test_a_finished_run_is_made_anew_for_another_config_or_younger_inputs(run):
     os.utime(run.inputs[0])
     os.utime(run.weights, (2, 2))
     assert run.state() == "new"
+    Path(run.weights).unlink()
+    os.utime(Path(run.output_dir, "last_checkpoint"), (2, 2))
+    assert run.state() == "new"  # nor is it resumed
+
+
+def test_a_wrong_config_removes_nothing(run):
+    finish(run)
+    other = Run("x", "tool.py", run.output_dir, [*run.arguments, "SOLVER.NO_SUCH_KEY", "7"], run.inputs)
+    with pytest.raises(ValueError, match="NO_SUCH_KEY"):
+        other.complete()
+    assert Path(run.weights).exists()
 
 
 def test_the_weight_of_a_loss_matters_where_it_is_named(run, tmp_path):

@@ -91,11 +91,11 @@ class Run:
         """
         if not self._has_this_config():
             return "new"
-        if not os.path.isfile(self.weights):
-            return "interrupted" if os.path.isfile(os.path.join(self.output_dir, "last_checkpoint")) else "new"
-        if any(os.path.getmtime(path) > os.path.getmtime(self.weights) for path in self.inputs):
+        is_trained = os.path.isfile(self.weights)
+        latest = self.weights if is_trained else os.path.join(self.output_dir, "last_checkpoint")
+        if not os.path.isfile(latest) or any(os.path.getmtime(x) > os.path.getmtime(latest) for x in self.inputs):
             return "new"
-        return "finished" if self.metrics() else "interrupted"
+        return "finished" if is_trained and self.metrics() else "interrupted"
 
     def complete(self, *, log: int | None = None) -> None:
         """
@@ -119,10 +119,10 @@ class Run:
             run_command([self.tool, "--resume", *self.command[1:]], log=log)
 
     def _has_this_config(self) -> bool:
+        wanted = _used_keys(yaml.safe_load(self.cfg().dump()))
         try:
             with open(os.path.join(self.output_dir, "config.yaml")) as f:
-                found = yaml.safe_load(f)
-            return _used_keys(found) == _used_keys(yaml.safe_load(self.cfg().dump()))
+                return _used_keys(yaml.safe_load(f)) == wanted
         except (FileNotFoundError, yaml.YAMLError, LookupError, TypeError, ValueError):  # no config of ours
             return False
 
