@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from detectron2.utils.events import EventStorage
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_det.engine import RESUMABLE
+from kd_det.engine import RESUMABLE, launch
 from kd_det.engine.launch import _create_local_process_group
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg
 from tests.classification.tiny_classifier import images as classifier_images
@@ -348,6 +349,32 @@ def test_a_request_to_stop_reaches_all_processes(tmp_path):
     name = (tmp_path / "out" / "last_checkpoint").read_text()
     assert re.fullmatch(r"model_\d{7}.pth", name)
     assert load(tmp_path / "out", name)["trainer"]["iteration"] == int(name[6:13])
+
+
+class _Slow:
+    """Gone only when the interpreter shuts down, after a while."""
+
+    def __del__(self, sleep=time.sleep):
+        sleep(3)
+
+
+def _leave_a_callback(args):
+    """Rank 1 ends by ``args.ends`` before gloo's thread is done with its last result and calls Python again."""
+    if comm.get_rank() == 1:
+        dist.all_reduce(torch.ones(1), async_op=True).get_future().then(lambda future: None)
+        sys.slow = _Slow()
+        raise args.ends
+    time.sleep(1)
+    dist.all_reduce(torch.ones(1))
+    time.sleep(60)  # and is ended
+
+
+@pytest.mark.parametrize("ends, status", [(SystemExit(RESUMABLE), RESUMABLE), (ValueError("a wrong option"), 1)])
+def test_threads_of_the_process_group_end_before_python(ends, status):
+    args = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url=local_url(), ends=ends)
+    with pytest.raises(SystemExit) as e:
+        launch(_leave_a_callback, args)
+    assert e.value.code == status
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Detectron2's ``launch``, also without a GPU and also under torchrun."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -34,9 +35,7 @@ def launch(main: Callable, args) -> None:
     """
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _join_torchrun()
-        _run(main, args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _run_in_group(main, args)
         return
     if args.num_gpus * args.num_machines == 1:
         _run(main, args)
@@ -47,7 +46,7 @@ def launch(main: Callable, args) -> None:
         # This process only waits: a request to stop is for the processes that train, which then end it.
         with _passing_on(requests):
             if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
-                detectron2_launch(_run, *where, args=(main, args))
+                detectron2_launch(_run_in_group, *where, args=(main, args))
             else:  # v0.6 insists on CUDA
                 torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
     except torch_multiprocessing.ProcessExitedException as e:
@@ -66,6 +65,30 @@ def _run(main: Callable, args):
         run_tool(main, args)
 
 
+def _run_in_group(main: Callable, args):
+    """
+    ``_run``, then leave the process group: gloo's threads may want Python's lock to release a result, and a thread that
+    asks for it while the interpreter shuts down aborts the process.
+    """
+    try:
+        _run(main, args)
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    # NCCL may wait for ranks that a process which was stopped, or failed, leaves behind.
+    if dist.is_initialized() and (not status or dist.get_backend() == "gloo"):
+        _leave_group()
+    if status:
+        sys.exit(status)
+
+
+def _leave_group():
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # a model under DistributedDataParallel keeps the group, and its threads, alive
+    dist.destroy_process_group()
+
+
 @restartable()
 def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, dist_url, args):
     dist.init_process_group(
@@ -76,7 +99,7 @@ def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, di
     )
     _create_local_process_group(num_processes)
     comm.synchronize()
-    _run(main, args)
+    _run_in_group(main, args)
 
 
 @restartable()
