@@ -91,9 +91,16 @@ def test_what_is_there_is_not_trained_again(run, monkeypatch, capsys):
     Path(run.output_dir, "metrics.json").unlink()
     run.complete()
     assert commands.pop() == ["tool.py", "--resume", *run.command[1:]]
-    Path(run.output_dir, "config.yaml").unlink()
+    os.utime(run.weights, (0, 0))
     run.complete()
     assert commands.pop() == run.command and not Path(run.output_dir).exists()
+    run.complete()
+    assert commands.pop() == run.command
+    Path(run.output_dir).mkdir()
+    Path(run.output_dir, "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds files, but no run"):
+        run.complete()
+    assert commands == [] and Path(run.output_dir, "thesis.txt").exists()
 
 
 def test_a_failing_command_is_one_line_for_the_user(tmp_path, capfd):

@@ -85,11 +85,9 @@ def _check(run: Run) -> None:
 
 
 def _check_folder(run: Run) -> None:
-    """Run.complete would remove what is there: let it be no more than the log of a run that failed."""
-    if not os.path.isdir(run.output_dir) or run.state() != "new":
-        return
-    found = os.listdir(run.output_dir)
-    if "last_checkpoint" in found or (found and "config.yaml" not in found):
+    """Run.complete would remove an older run: let it be no more than the log of one that failed."""
+    is_trained = os.path.isfile(os.path.join(run.output_dir, "last_checkpoint"))
+    if run.holds_other_files() or (is_trained and run.state() == "new"):
         raise ValueError(
             f"{run.output_dir} holds a run of another config, or of a teacher that was replaced since, or other files. "
             f"Remove it, or choose another folder: OUTPUT_DIR FOLDER behind the configs."

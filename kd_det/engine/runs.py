@@ -97,21 +97,31 @@ class Run:
             return "new"
         return "finished" if is_trained and self.metrics() else "interrupted"
 
+    def holds_other_files(self) -> bool:
+        """Whether something is in its folder, but no run."""
+        found = os.listdir(self.output_dir) if os.path.isdir(self.output_dir) else []
+        return bool(found) and "config.yaml" not in found
+
     def complete(self, *, log: int | None = None) -> None:
         """
-        Train it, resume it, or leave it as it is, whichever its state asks for, and say so. What an older run left in
-        its folder is removed.
+        Train it, resume it, or leave it as it is, whichever its state asks for, and say so. An older run in its folder
+        is removed.
 
         Args:
             log: where its output goes, as of ``subprocess.run``; errors are always shown.
 
         Raises:
-            UserError: the training failed; it has said why.
+            UserError: the training failed; it has said why. Or the folder holds files that are no run.
         """
         state = self.state()
         if state == "finished":
             print(f"{self.name}: {self.weights} is there, reused", flush=True)
         elif state == "new":
+            if self.holds_other_files():
+                raise UserError(
+                    f"{self.name}: {self.output_dir} holds files, but no run (no config.yaml). Remove it, or choose "
+                    f"another folder."
+                )
             shutil.rmtree(self.output_dir, ignore_errors=True)
             run_command(self.command, log=log)
         else:
