@@ -24,7 +24,7 @@ help:
 	@echo "make quickstart   teacher, student alone and distilled student on a small data set, from nothing (CPU)"
 	@echo "make test         lint and the test suite without the long tests"
 	@echo "make test-slow    the long tests"
-	@echo "make lint         ruff"
+	@echo "make lint         ruff, and import-linter on the order of the rooms"
 	@echo "make venv         only build the environment ($(VENV))"
 	@echo "make clean        remove the environment and caches; results and data sets stay"
 
@@ -58,6 +58,7 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports --no-cache
 
 quickstart: $(STAMP)
 	$(RUN) tools/quickstart.py

@@ -13,18 +13,18 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.classification.classifier import is_classifier
 from kd_det.compat import has_event_storage
 from kd_det.config import check_kd_config
-from kd_det.errors import unknown_name
-from kd_det.inherit import inherit_weights
+from kd_det.features.regions import RegionHead, Regions, RegionTaps
+from kd_det.features.taps import Taps
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
 from kd_det.random_state import preserved_random_state
-from kd_det.regions import RegionHead, Regions, RegionTaps
-from kd_det.taps import Taps
-from kd_det.teacher import Teacher, build_teacher, pixel_gradients, with_pixel_gradients
+from kd_det.student import build_student
+from kd_det.teachers.build import build_teacher
+from kd_det.teachers.runner import Teacher, pixel_gradients, with_pixel_gradients
+from kd_det.weights.inherit import inherit_weights
 
-__all__ = ["Distiller", "build_student", "student_cfg"]
+__all__ = ["Distiller"]
 
 logger = logging.getLogger(__name__)
 
@@ -274,34 +274,6 @@ class Distiller(nn.Module):
         elif expected:
             logger.info("The weights bring no state for these distillation losses: connectors and margins start anew.")
         return self.student.load_state_dict(state_dict, strict, **kwargs)
-
-
-def build_student(cfg: CfgNode) -> nn.Module:
-    """
-    The plain student of a distillation config, as Detectron2's ``build_model`` would build it.
-
-    Raises:
-        ValueError: ``KD.STUDENT.META_ARCHITECTURE`` is not registered, or is the Distiller itself.
-    """
-    registered = {name: arch for name, arch in META_ARCH_REGISTRY if name != Distiller.__name__}
-    name = cfg.KD.STUDENT.META_ARCHITECTURE
-    if name not in registered:
-        raise ValueError(unknown_name("KD.STUDENT.META_ARCHITECTURE", name, registered))
-    return registered[name](cfg)
-
-
-def student_cfg(cfg: CfgNode) -> CfgNode:
-    """The config of the plain student: the same, with its own meta-architecture and no keys of kd_det's."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT.META_ARCHITECTURE
-    del cfg["KD"]
-    if not is_classifier(cfg.MODEL.META_ARCHITECTURE):
-        del cfg["CLASSIFICATION"]
-    if not cfg.MODEL.TIMM.NAME:
-        del cfg.MODEL["TIMM"]
-    cfg.freeze()
-    return cfg
 
 
 def first_training_batches(cfg: CfgNode, num_images: int) -> Iterator[List[Dict]]:

@@ -3,7 +3,15 @@
 import difflib
 from typing import Iterable
 
-__all__ = ["one_line", "unknown_name"]
+__all__ = ["USER_ERRORS", "UserError", "one_line", "unknown_name"]
+
+
+class UserError(ValueError):
+    """What a user can cause and fix, said in one line."""
+
+
+# What a user can cause and fix. Anything else is a defect and keeps its traceback.
+USER_ERRORS = (ValueError, FloatingPointError, OSError)
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], most: int = 12) -> str:

@@ -10,8 +10,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det import DISTILLATION_LOSS_REGISTRY, DistillationLoss, Distiller, add_loss_config, build_teacher, student_cfg
+from kd_det.features.regions import RegionHead
 from kd_det.losses import NSTLoss, nst_loss, soft_target_loss
-from kd_det.regions import RegionHead
 from tests.tiny import batch, distillation_cfg, tiny_cfg
 
 ALL_LOSSES = ("NSTLoss", "AttentionTransferLoss", "OverhaulLoss", "SimilarityLoss", "HintLoss", "SoftTargetLoss")

@@ -16,7 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import train_net  # noqa: E402
 
 import tests.tiny  # noqa: E402, F401
-from kd_det.engine import Trainer, argument_parser, parse_arguments, run_tool  # noqa: E402
+from kd_det.cli import argument_parser, parse_arguments, run_tool  # noqa: E402
+from kd_det.engine import Trainer  # noqa: E402
 
 register_coco_instances("tiny", {}, os.environ["TINY_DATA"] + "/annotations.json", os.environ["TINY_DATA"])
 

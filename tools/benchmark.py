@@ -36,15 +36,15 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from kd_det import Distiller, build_student, build_teacher_architecture
-from kd_det.engine import argument_parser, load_config
+from kd_det.cli import argument_parser, load_config
+from kd_det.features.tap_table import input_size
 from kd_det.losses import build_losses
 from kd_det.losses.attention_transfer import attention_transfer_loss
 from kd_det.losses.hint import hint_loss
 from kd_det.losses.nst import nst_loss
 from kd_det.losses.overhaul import overhaul_loss
 from kd_det.losses.similarity import similarity_preserving_loss
-from kd_det.tap_table import input_size
-from kd_det.teacher import get_teacher_cfg
+from kd_det.teachers.build import get_teacher_cfg
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 REGIONS = "roi"  # 512 pooled regions of 7x7 instead of a map

@@ -10,8 +10,8 @@ Prints the config keys that fit the file. Mean and std default to those of both 
 
 import argparse
 
-from kd_det.convert import IMAGENET_METADATA, convert_resnet, read_weights, resnet_options, save_backbone
-from kd_det.engine import run_tool
+from kd_det.cli import run_tool
+from kd_det.weights.convert import IMAGENET_METADATA, convert_resnet, read_weights, resnet_options, save_backbone
 
 
 def get_parser():

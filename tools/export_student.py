@@ -10,8 +10,8 @@ import argparse
 import torch
 from detectron2.data.detection_utils import read_image
 
-from kd_det.engine import load_config, run_tool
-from kd_det.export import export_student
+from kd_det.cli import load_config, run_tool
+from kd_det.weights.export import export_student
 
 
 def get_parser():

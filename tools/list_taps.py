@@ -9,9 +9,9 @@ No weights are read, and nothing is run on data. Any module's dotted name works 
 """
 
 from kd_det import build_student, build_teacher_architecture
-from kd_det.engine import argument_parser, load_config, parse_arguments, run_tool
-from kd_det.tap_table import format_taps, input_size, list_taps
-from kd_det.teacher import get_teacher_cfg
+from kd_det.cli import argument_parser, load_config, parse_arguments, run_tool
+from kd_det.features.tap_table import format_taps, input_size, list_taps
+from kd_det.teachers.build import get_teacher_cfg
 
 UNREAD = "not read"  # a teacher's config without weights is refused elsewhere
 

@@ -14,7 +14,7 @@ import sys
 from dataclasses import fields
 
 from kd_det.data.checks import DatasetError
-from kd_det.data.offline import OfflineDatasetOptions, make_offline_dataset
+from kd_det.quickstart.offline import OfflineDatasetOptions, make_offline_dataset
 
 HELP = {
     "num_train": "training images",

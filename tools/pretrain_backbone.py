@@ -16,10 +16,11 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from kd_det.classification import register_configured
-from kd_det.classification.compare import compare
+from kd_det.classification.data import register_configured
 from kd_det.classification.trainer import ClassificationTrainer, check_trainer
-from kd_det.engine import argument_parser, check_run, evaluate, launch, load_config, parse_arguments, run_tool
+from kd_det.cli import argument_parser, check_run, launch, load_config, parse_arguments, run_tool
+from kd_det.engine import evaluate
+from kd_det.study.compare import compare
 
 
 def setup(args):

@@ -18,9 +18,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from kd_det import student_cfg
-from kd_det.data import register_digits
-from kd_det.engine import Run, plain_student_cfg, run_command, run_tool
-from kd_det.engine.cli import UserError
+from kd_det.cli import run_tool
+from kd_det.errors import UserError
+from kd_det.quickstart import register_digits
+from kd_det.study import Run, run_command
 from kd_det.visualization import (
     comparison_table,
     detection_grid,
@@ -91,7 +92,7 @@ def plan(args, dataset: str) -> tuple[Run, dict[int, tuple[Run, Run]]]:
 
 def parameters(run: Run) -> int:
     """Of the network that is deployed: without teacher and connectors."""
-    return sum(parameter.numel() for parameter in build_model(plain_student_cfg(run.cfg())).parameters())
+    return sum(parameter.numel() for parameter in build_model(student_cfg(run.cfg())).parameters())
 
 
 def predictor(run: Run) -> DefaultPredictor:

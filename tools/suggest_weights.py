@@ -15,11 +15,11 @@ import itertools
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from kd_det.calibration import format_sizes, measure_losses
-from kd_det.checkpoint import SafeCheckpointer
-from kd_det.classification import register_configured
+from kd_det.classification.data import register_configured
 from kd_det.classification.trainer import trainer_class
-from kd_det.engine import argument_parser, check_run, load_config, parse_arguments, run_tool
+from kd_det.cli import argument_parser, check_run, load_config, parse_arguments, run_tool
+from kd_det.engine.loss_sizes import format_sizes, measure_losses
+from kd_det.weights.checkpoint import SafeCheckpointer
 
 
 def main(args):

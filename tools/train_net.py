@@ -11,7 +11,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from kd_det.classification.trainer import check_trainer
-from kd_det.engine import Trainer, argument_parser, check_run, evaluate, launch, load_config, parse_arguments, run_tool
+from kd_det.cli import argument_parser, check_run, launch, load_config, parse_arguments, run_tool
+from kd_det.engine import Trainer, evaluate
 
 
 def main(args):

@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 
 from kd_det import Distiller
 from kd_det.compat import model_zoo
-from kd_det.lazy import load_teacher
+from kd_det.teachers import load_teacher
 
 _zoo = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py")
 dataloader, lr_multiplier, optimizer, train = _zoo.dataloader, _zoo.lr_multiplier, _zoo.optimizer, _zoo.train

@@ -1,20 +1,6 @@
-"""Backbone pretraining: image classification with the same Distiller, losses and trainer as detection."""
+"""
+Backbone pretraining: image classification with the same Distiller, losses and trainer as detection.
 
-from kd_det.classification.checks import check_input
-from kd_det.classification.classifier import ImageClassifier, is_classifier
-from kd_det.classification.data import check_classes, load_dataset, register_configured, register_image_folder
-from kd_det.classification.evaluator import ClassificationEvaluator
-from kd_det.classification.networks import NetworkClassifier, configure_network
-
-__all__ = [
-    "ClassificationEvaluator",
-    "ImageClassifier",
-    "NetworkClassifier",
-    "check_classes",
-    "check_input",
-    "configure_network",
-    "is_classifier",
-    "load_dataset",
-    "register_configured",
-    "register_image_folder",
-]
+``import kd_det`` imports the meta-architectures (classifier.py, networks.py), which register themselves; the rest of
+the stage (data, trainer) is imported where it is used.
+"""

@@ -13,17 +13,19 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from kd_det.classification.mapper import first_training_batches
-from kd_det.convert import classifier_names
 from kd_det.errors import unknown_name
-from kd_det.regions import valid_mask
+from kd_det.features.regions import valid_mask
+from kd_det.weights.convert import classifier_names
 
-__all__ = ["ImageClassifier", "is_classifier"]
+__all__ = ["ImageClassifier"]
 
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
     """A backbone, global average pooling of one of its maps, and a linear layer named ``linear``."""
+
+    # What it reads of kd_det's config nodes, see kd_det.student.student_cfg.
+    config_nodes = ("CLASSIFICATION",)
 
     @configurable
     def __init__(
@@ -98,8 +100,19 @@ class ImageClassifier(nn.Module):
             "input_size": node.INPUT_SIZE,
         }
 
-    # What the Distiller calibrates margins on.
-    first_training_batches = staticmethod(first_training_batches)
+    @staticmethod
+    def first_training_batches(cfg: CfgNode, num_images: int):
+        """What the Distiller calibrates margins on."""
+        from kd_det.classification.mapper import first_training_batches
+
+        return first_training_batches(cfg, num_images)
+
+    @staticmethod
+    def configure_teacher(teacher_cfg: CfgNode, name: str) -> None:
+        """How a network of another library teaches a classifier: whole, with its logits."""
+        from kd_det.classification.networks import configure_network
+
+        configure_network(teacher_cfg, name)
 
     @property
     def device(self) -> torch.device:
@@ -176,9 +189,3 @@ class ImageClassifier(nn.Module):
                 )
                 raise ValueError(f"Weights that do not fit: {key} is {found}, expected {expected}.{hint}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def is_classifier(architecture: str) -> bool:
-    """Whether a meta-architecture, by its registered name, is an ``ImageClassifier`` or made from it."""
-    found = META_ARCH_REGISTRY.get(architecture) if architecture in META_ARCH_REGISTRY else None
-    return isinstance(found, type) and issubclass(found, ImageClassifier)

@@ -8,10 +8,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torchvision.datasets import ImageFolder, ImageNet
 
 from kd_det.data.checks import DatasetError
-from kd_det.data.digits import SPLITS
 from kd_det.errors import unknown_name
 
-__all__ = ["check_classes", "load_dataset", "register_configured", "register_image_folder"]
+__all__ = ["check_classes", "load_dataset", "register_builtin", "register_configured", "register_image_folder"]
 
 
 def register_image_folder(name: str, root: str, **metadata) -> None:
@@ -110,12 +109,18 @@ def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
         )
 
 
-def _register_builtin(root: str) -> None:
+def register_builtin() -> None:
+    """
+    Register ``imagenet_{train,val}`` and ``digits_crops_{train,val}`` below ``$DETECTRON2_DATASETS`` (default:
+    "datasets"), where these names are free.
+    """
+    root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     make_command = f"python tools/make_offline_dataset.py --output {os.path.join(root, 'digits')}"
-    for split in SPLITS:
-        folder = os.path.join(root, "digits", "classification", split)
-        register_image_folder(f"digits_crops_{split}", folder, make_command=make_command)
-        register_image_folder(f"imagenet_{split}", os.path.join(root, "imagenet", split))
-
-
-_register_builtin(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+    for split in ("train", "val"):
+        crops = os.path.join(root, "digits", "classification", split)
+        for name, folder, metadata in (
+            (f"digits_crops_{split}", crops, {"make_command": make_command}),
+            (f"imagenet_{split}", os.path.join(root, "imagenet", split), {}),
+        ):
+            if name not in DatasetCatalog:
+                register_image_folder(name, folder, **metadata)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kd_det.classification.classifier import ImageClassifier
 from kd_det.errors import unknown_name
+from kd_det.teachers.networks import NETWORK_SOURCES, import_timm
 
-__all__ = ["NETWORK_SOURCES", "NetworkClassifier", "configure_network"]
+__all__ = ["NetworkClassifier", "configure_network"]
 
 # Depth, groups and width per group of the ResNets that both libraries build as Detectron2 does.
 _RESNETS = {
@@ -73,39 +74,6 @@ def configure_network(cfg: CfgNode, name: str) -> None:
     resnets.STRIDE_IN_1X1 = False
 
 
-def _torchvision_images(network: str) -> Tuple[List[float], List[float], int]:
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if network not in known:
-        raise ValueError(unknown_name("classifier of torchvision", network, known))
-    preset = models.get_model_weights(network).DEFAULT.transforms()
-    return list(preset.mean), list(preset.std), preset.crop_size[0]
-
-
-def _timm_images(network: str) -> Tuple[List[float], List[float], int]:
-    timm = _import_timm()
-    known = timm.list_models()
-    if network.partition(".")[0] not in known:
-        raise ValueError(unknown_name("model of timm", network, known))
-    try:
-        trained = timm.get_pretrained_cfg(network)
-    except RuntimeError:
-        raise ValueError(f"timm has no variant {network!r} of {network.partition('.')[0]!r}.") from None
-    return list(trained.mean), list(trained.std), trained.input_size[-1]
-
-
-def _import_timm():
-    try:
-        import timm
-    except ImportError:
-        raise ValueError("timm is not installed; install it with: pip install timm") from None
-    return timm
-
-
-NETWORK_SOURCES = {"torchvision": _torchvision_images, "timm": _timm_images}
-
-
 @META_ARCH_REGISTRY.register()
 class NetworkClassifier(ImageClassifier):
     """
@@ -140,7 +108,7 @@ class NetworkClassifier(ImageClassifier):
                 f"CLASSIFICATION.NETWORK must be torchvision://NAME or timm://NAME, found {node.NETWORK!r}."
             )
         if library == "timm":
-            network = _import_timm().create_model(name, pretrained=False, num_classes=node.NUM_CLASSES)
+            network = import_timm().create_model(name, pretrained=False, num_classes=node.NUM_CLASSES)
             levels, heads = _levels(network), _heads(network)
         else:
             from torchvision import models

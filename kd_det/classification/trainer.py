@@ -11,15 +11,15 @@ from detectron2.utils import comm
 from torch import nn
 
 from kd_det.classification.average import AverageWeights, WeightAverage
-from kd_det.classification.classifier import is_classifier
+from kd_det.classification.classifier import ImageClassifier
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.loader import build_test_loader, build_train_loader
-from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
-from kd_det.engine.arguments import plain_student_cfg
-from kd_det.engine.cli import UserError
 from kd_det.engine.trainer import EVALUATORS, Trainer
+from kd_det.errors import UserError
+from kd_det.student import student_class
+from kd_det.weights.convert import backbone_metadata, backbone_weights, save_backbone
 
-__all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer", "check_trainer", "trainer_class"]
+__all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer", "check_trainer", "is_classifier", "trainer_class"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +89,15 @@ class _ExportBackbone(HookBase):
         logger.info(f"Backbone for detectors: {path}. It wants their images so: {backbone_metadata(trainer.cfg)}")
 
 
+def is_classifier(cfg: CfgNode) -> bool:
+    """Whether the student of a config is an ``ImageClassifier`` or made from it."""
+    student = student_class(cfg)
+    return isinstance(student, type) and issubclass(student, ImageClassifier)
+
+
 def trainer_class(cfg: CfgNode) -> type[Trainer]:
     """The trainer of a config: this stage's if the student is a classifier, kd_det's otherwise."""
-    architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
-    return ClassificationTrainer if is_classifier(architecture) else Trainer
+    return ClassificationTrainer if is_classifier(cfg) else Trainer
 
 
 def check_trainer(cfg: CfgNode, trainer: type[Trainer]) -> None:
@@ -102,7 +107,7 @@ def check_trainer(cfg: CfgNode, trainer: type[Trainer]) -> None:
     """
     classifies = issubclass(trainer, ClassificationTrainer)
     if classifies != issubclass(trainer_class(cfg), ClassificationTrainer):
-        architecture = plain_student_cfg(cfg).MODEL.META_ARCHITECTURE
+        architecture = student_class(cfg).__name__
         tool = "train_net.py" if classifies else "pretrain_backbone.py"
         raise UserError(f"the config is of {architecture}, which is for tools/{tool}")
 

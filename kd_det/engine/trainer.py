@@ -15,15 +15,14 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_det.checkpoint import SafeCheckpointer, load_strictly
 from kd_det.data import DatasetError
-from kd_det.engine.cli import UserError
+from kd_det.engine.evaluation import COCOEvaluator
 from kd_det.engine.loader import build_train_loader
 from kd_det.engine.step import TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
-from kd_det.errors import one_line, unknown_name
-from kd_det.evaluation import COCOEvaluator
+from kd_det.errors import UserError, one_line, unknown_name
 from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
+from kd_det.weights.checkpoint import SafeCheckpointer, load_strictly
 
 __all__ = ["EVALUATORS", "Trainer", "evaluate"]
 

@@ -4,10 +4,10 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor
 
+from kd_det.features.regions import RegionHead
 from kd_det.losses._ranks import share_of_samples
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
-from kd_det.regions import RegionHead
 
 __all__ = ["BoundedRegressionLoss", "bounded_regression_loss"]
 

@@ -6,7 +6,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
-from kd_det.taps import tap_shape
+from kd_det.features.taps import tap_shape
 
 __all__ = ["DISTILLATION_LOSS_REGISTRY", "NO_IMAGES", "DistillationLoss", "build_losses", "loss_class", "tap_channels"]
 
@@ -138,7 +138,8 @@ class DistillationLoss(nn.Module):
             student: the maps at ``student_taps``, in order, each (N, Cs, Hs, Ws), with their graph. A tap on a module
                 that runs several times per image gives one map a call.
             teacher: the maps at ``teacher_taps``, each (N, Ct, Ht, Wt), without a graph.
-            regions (kd_det.regions.Regions): which positions hold image, the ground truth, and the sampled regions.
+            regions (kd_det.features.regions.Regions): which positions hold image, the ground truth, and the sampled
+                regions.
 
         Returns:
             A scalar, without the factor ``weight``.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode, configurable
 from torch import nn
 
-from kd_det.connectors import build_connectors, connect_where_different
+from kd_det.features.connectors import build_connectors, connect_where_different
 from kd_det.losses.build import DistillationLoss, tap_channels
 
 __all__ = ["ConnectedLoss"]

@@ -3,9 +3,9 @@
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from kd_det.features.regions import RegionHead
+from kd_det.features.taps import tap_shape
 from kd_det.losses.build import DistillationLoss
-from kd_det.regions import RegionHead
-from kd_det.taps import tap_shape
 
 __all__ = ["LogitLoss"]
 

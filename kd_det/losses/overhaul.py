@@ -13,11 +13,11 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
+from kd_det.features.taps import tap_module
 from kd_det.losses._blocks import SquaredResidual
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
-from kd_det.taps import tap_module
 
 __all__ = ["OverhaulLoss", "margin_from_norm", "margin_relu", "overhaul_loss", "partial_l2_loss"]
 

@@ -9,7 +9,7 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from kd_det.connectors import build_connector
+from kd_det.features.connectors import build_connector
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
 from kd_det.losses.hint import hint_loss

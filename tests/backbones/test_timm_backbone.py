@@ -6,8 +6,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 
 from kd_det.backbones import TimmBackbone
-from kd_det.engine import argument_parser, load_config, parse_arguments
-from kd_det.taps import Taps, tap_names, tap_shape
+from kd_det.cli import argument_parser, load_config, parse_arguments
+from kd_det.features.taps import Taps, tap_names, tap_shape
 from tests.tiny import batch, distillation_cfg, tiny_cfg
 
 # The smallest of their families. Names by stride: res2 is the map of stride 4.

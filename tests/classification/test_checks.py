@@ -1,6 +1,6 @@
 import pytest
 
-from kd_det.classification import check_input
+from kd_det.classification.checks import check_input
 from tests.classification.tiny_classifier import classifier_cfg
 
 

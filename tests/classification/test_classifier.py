@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 
 from kd_det import student_cfg
-from kd_det.classification import ImageClassifier, is_classifier
-from kd_det.classification.trainer import ClassificationTrainer, trainer_class
+from kd_det.classification.classifier import ImageClassifier
+from kd_det.classification.trainer import ClassificationTrainer, is_classifier, trainer_class
 from tests.classification.tiny_classifier import NUM_CLASSES, classifier_cfg, distilled_cfg, images
 
 
@@ -167,8 +167,9 @@ def test_a_classifier_is_known_by_its_class_not_its_name():
     for name in ("PlainNamed", "LooksLikeAClassifier"):
         META_ARCH_REGISTRY._do_register(name, ImageClassifier if name == "PlainNamed" else GeneralizedRCNN)
     try:
-        assert is_classifier("PlainNamed") and is_classifier("NetworkClassifier")
-        assert not is_classifier("LooksLikeAClassifier") and not is_classifier("NoSuchArchitecture")
+        for name in ("PlainNamed", "NetworkClassifier"):
+            assert is_classifier(classifier_cfg(MODEL__META_ARCHITECTURE=name))
+        assert not is_classifier(classifier_cfg(MODEL__META_ARCHITECTURE="LooksLikeAClassifier"))
         cfg = classifier_cfg(MODEL__META_ARCHITECTURE="Distiller", KD__STUDENT__META_ARCHITECTURE="PlainNamed")
         assert "CLASSIFICATION" in student_cfg(cfg) and trainer_class(cfg) is ClassificationTrainer
     finally:

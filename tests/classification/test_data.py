@@ -5,7 +5,13 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from kd_det.classification import check_classes, load_dataset, register_configured, register_image_folder
+from kd_det.classification.data import (
+    check_classes,
+    load_dataset,
+    register_builtin,
+    register_configured,
+    register_image_folder,
+)
 from kd_det.classification.loader import MixedBatches, build_test_loader, build_train_loader
 from kd_det.classification.mapper import build_mapper, build_transform, first_training_batches
 from kd_det.data import DatasetError
@@ -43,6 +49,7 @@ def test_imagenet_layout_uses_torchvisions_names(tmp_path):
 
 
 def test_builtin_names_say_how_to_make_the_digits():
+    register_builtin()
     assert "make_offline_dataset.py" in MetadataCatalog.get("digits_crops_train").make_command
     assert {"digits_crops_val", "imagenet_train", "imagenet_val"} <= set(DatasetCatalog.list())
 
@@ -66,6 +73,7 @@ def test_a_folder_that_is_no_image_set(tmp_path, make, message):
 
 
 def test_data_sets_that_are_not_there_or_not_for_classification(folder):
+    register_builtin()
     with pytest.raises(DatasetError, match="Unknown data set 'digits_crop_train'. Did you mean 'digits_crops_train'"):
         load_dataset(["digits_crop_train"])
     with pytest.raises(DatasetError, match="'coco_2017_train' is not for classification; those are: .*digits_crops"):

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from kd_det.classification import ClassificationEvaluator
-from kd_det.classification.evaluator import ranks
+from kd_det.classification.evaluator import ClassificationEvaluator, ranks
 
 # Rows: the label is the best, the second, the seventh, tied with all others, not a number.
 SCORES = [

@@ -5,7 +5,7 @@ from detectron2.modeling import build_model
 
 from kd_det import Distiller
 from kd_det.losses import GradientAttentionLoss
-from kd_det.teacher import Teacher, pixel_gradients
+from kd_det.teachers.runner import Teacher, pixel_gradients
 from tests import tiny
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg, images
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from kd_det import add_kd_config, build_teacher
 from kd_det.classification.networks import configure_network
-from kd_det.convert import backbone_metadata, backbone_weights, save_backbone
-from kd_det.teacher import Teacher
+from kd_det.teachers import Teacher
+from kd_det.weights.convert import backbone_metadata, backbone_weights, save_backbone
 from tests.classification.tiny_classifier import classifier_cfg
-from tests.test_convert import features, trained
+from tests.weights.test_convert import features, trained
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from kd_det import add_kd_config
 from kd_det.config_file import merge_config_file, merge_options
 from kd_det.losses.build import loss_class
-from kd_det.teacher import build_teacher_architecture, get_teacher_cfg
+from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
 from tests.tiny import batch
 
 ROOT = Path(__file__).parents[2] / "configs"

@@ -10,8 +10,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from PIL import Image
 
 from kd_det.data import CheckedMapper, DatasetError, DatasetSummary, check_dataset, check_voc_evaluation, checks
-
-from .conftest import register
+from kd_det.quickstart.register import register_builtin
+from tests.digits_data import register
 
 
 @pytest.fixture
@@ -30,6 +30,8 @@ def error_of(name):
 
 
 def test_registered_lazily_and_with_an_evaluator():
+    register_builtin()
+    register_builtin()  # names that are taken are left alone
     for split in ("train", "val"):
         coco, voc = (MetadataCatalog.get(f"digits_{kind}_{split}") for kind in ("coco", "voc"))
         assert coco.evaluator_type == "coco" and voc.evaluator_type == "pascal_voc"
@@ -47,6 +49,7 @@ def test_a_good_data_set(digits_root):
 
 
 def test_unknown_name_lists_the_nearest():
+    register_builtin()
     message = error_of("digits_coco_trian")
     assert message.startswith("Unknown data set 'digits_coco_trian'. Did you mean 'digits_coco_train'?")
 

@@ -10,7 +10,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, polygons_to_bitmas
 from torch import nn
 
 from kd_det.engine import Trainer
-from kd_det.evaluation import COCOEvaluator
+from kd_det.engine.evaluation import COCOEvaluator
 from tests.datasets.miniature import IMAGES, write_coco, write_voc, write_voc_annotation
 from tests.tiny import distillation_cfg, tiny_cfg
 

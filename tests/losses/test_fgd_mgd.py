@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from detectron2.modeling import build_model
 from torch import nn
 
+from kd_det.features.regions import Regions
 from kd_det.losses.fgd import _GlobalContext, fgd_loss
 from kd_det.losses.mgd import MGDLoss, mgd_loss
-from kd_det.regions import Regions
 from tests.tiny import batch, distillation_cfg
 
 CANVAS = (48, 80)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from kd_det.features.regions import Regions
 from kd_det.losses import FSPLoss, fsp_loss, fsp_matrix
-from kd_det.regions import Regions
 from tests.tiny import batch, distillation_cfg
 
 

@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from kd_det.config import add_kd_config
+from kd_det.features.regions import RegionHead, Regions
 from kd_det.losses import (
     DISTILLATION_LOSS_REGISTRY,
     AttentionTransferLoss,
@@ -33,7 +34,6 @@ from kd_det.losses import (
     similarity_preserving_loss,
     soft_target_loss,
 )
-from kd_det.regions import RegionHead, Regions
 from tests.tiny import batch, distillation_cfg, tiny_cfg
 
 SIZES, CANVAS = [(64, 96), (48, 64)], (64, 96)

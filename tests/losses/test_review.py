@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
 
+from kd_det.features.regions import Regions
 from kd_det.losses.review import ReviewKDLoss, hierarchical_context_loss
-from kd_det.regions import Regions
 from tests.tiny import batch, distillation_cfg
 
 

@@ -16,8 +16,8 @@ from modeling import add_shop_config
 from torch.optim import SGD
 
 from kd_det import Distiller
-from kd_det.lazy import load_teacher
 from kd_det.losses import HintLoss, NSTLoss
+from kd_det.teachers import load_teacher
 
 
 def shop_detector(yaml):

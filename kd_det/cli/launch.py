@@ -1,0 +1,137 @@
+"""Detectron2's ``launch``, also without a GPU and also under torchrun."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from torch import multiprocessing as torch_multiprocessing
+
+from kd_det.cli.run_tool import run_tool
+from kd_det.engine.stopping import RESUMABLE, handling_requests, restartable
+
+__all__ = ["launch"]
+
+
+def launch(main: Callable, args) -> None:
+    """
+    Call ``main(args)`` in every process of the run.
+
+    Under torchrun (its variables are in the environment) this process is one of them. Otherwise ``args.num_gpus``
+    processes are started on this machine; without a GPU they talk over gloo.
+
+    Args:
+        main: a function of a module that can be imported.
+        args: as :func:`kd_det.engine.argument_parser` gives them.
+
+    Raises:
+        SystemExit: a process ended with another status than 0; its status is kept.
+    """
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _join_torchrun()
+        _run_in_group(main, args)
+        return
+    if args.num_gpus * args.num_machines == 1:
+        _run(main, args)
+        return
+    where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    requests = []
+    try:
+        # This process only waits: a request to stop is for the processes that train, which then end it.
+        with _passing_on(requests):
+            if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
+                detectron2_launch(_run_in_group, *where, args=(main, args))
+            else:  # v0.6 insists on CUDA
+                torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
+    except torch_multiprocessing.ProcessExitedException as e:
+        if requests and e.exit_code == -signal.SIGTERM:  # it had not even begun
+            sys.exit(RESUMABLE)
+        if e.exit_code < 0:
+            print(f"error: process {e.error_index} was killed by {e.signal_name}; all were ended", file=sys.stderr)
+        sys.exit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code)
+    except torch_multiprocessing.ProcessRaisedException as e:
+        print(e, file=sys.stderr)
+        sys.exit(1)
+
+
+def _run(main: Callable, args):
+    with restartable():  # until training begins, and answers signals itself
+        run_tool(main, args)
+
+
+def _run_in_group(main: Callable, args):
+    """
+    ``_run``, then leave the process group: gloo's threads may want Python's lock to release a result, and a thread that
+    asks for it while the interpreter shuts down aborts the process.
+    """
+    try:
+        _run(main, args)
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    # NCCL may wait for ranks that a process which was stopped, or failed, leaves behind.
+    if dist.is_initialized() and (not status or dist.get_backend() == "gloo"):
+        _leave_group()
+    if status:
+        sys.exit(status)
+
+
+def _leave_group():
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # a model under DistributedDataParallel keeps the group, and its threads, alive
+    dist.destroy_process_group()
+
+
+@restartable()
+def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, dist_url, args):
+    dist.init_process_group(
+        "gloo",
+        init_method=dist_url,
+        world_size=num_machines * num_processes,
+        rank=machine_rank * num_processes + local_rank,
+    )
+    _create_local_process_group(num_processes)
+    comm.synchronize()
+    _run_in_group(main, args)
+
+
+@restartable()
+def _join_torchrun():
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    _create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
+
+
+def _create_local_process_group(num_processes: int):
+    """What main's ``comm.create_local_process_group`` does; v0.6 does it only inside ``launch``."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(num_processes)
+        return
+    for first in range(0, comm.get_world_size(), num_processes):
+        ranks = list(range(first, first + num_processes))
+        group = dist.new_group(ranks)
+        if comm.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _passing_on(requests: list[int]):
+    """A context in which requests to stop are noted in ``requests`` and sent on to the processes that were started."""
+
+    def pass_on(signum, frame):
+        requests.append(signum)
+        for child in multiprocessing.active_children():
+            # A terminal sends SIGINT to the children too, and a second SIGINT would end them at once.
+            os.kill(child.pid, signal.SIGTERM)
+
+    return handling_requests(pass_on)

@@ -1,0 +1,167 @@
+"""Trainings in processes of their own: repeated only if they must be, resumed where they were interrupted."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import yaml
+from detectron2.config import CfgNode
+
+from kd_det.cli.arguments import argument_parser, load_config, parse_arguments
+from kd_det.errors import UserError
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, loss_class
+
+__all__ = ["Run", "read_metrics", "run_command"]
+
+
+def read_metrics(output_dir: str, task: str = "bbox") -> dict[str, float]:
+    """
+    The last evaluation of a run and its speed.
+
+    Args:
+        output_dir: ``OUTPUT_DIR`` of the run.
+        task: of the evaluator, e.g. "bbox" or "classification".
+
+    Returns:
+        The last value of every ``<task>/...`` key (in percent), and ``time``, the median of the seconds a training
+        step took (Detectron2 leaves out the first three). Empty if there is no evaluation.
+    """
+    path = os.path.join(output_dir, "metrics.json")
+    if not os.path.isfile(path):
+        return {}
+    lines = []
+    with open(path) as f:
+        for line in f:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                pass  # the line that a kill cut off
+    ret = {key: value for line in lines for key, value in line.items() if key.startswith(f"{task}/")}
+    times = [line["time"] for line in lines if "time" in line]
+    if ret and times:
+        ret["time"] = statistics.median(times)
+    return ret
+
+
+@dataclass
+class Run:
+    """
+    One training.
+
+    Attributes:
+        name: what messages call it.
+        tool: path of tools/train_net.py or one like it.
+        output_dir: its ``OUTPUT_DIR``.
+        arguments: the tool's, without ``OUTPUT_DIR``; they end with KEY VALUE pairs, if any.
+        inputs: files that it is made from.
+        task: of its evaluator, see :func:`read_metrics`.
+    """
+
+    name: str
+    tool: str
+    output_dir: str
+    arguments: list[str]
+    inputs: list[str] = field(default_factory=list)
+    task: str = "bbox"
+
+    @property
+    def command(self) -> list[str]:
+        return [self.tool, *self.arguments, "OUTPUT_DIR", self.output_dir]
+
+    @property
+    def weights(self) -> str:
+        return os.path.join(self.output_dir, "model_final.pth")
+
+    def cfg(self) -> CfgNode:
+        return load_config(parse_arguments(argument_parser(), self.command[1:]))
+
+    def metrics(self) -> dict[str, float]:
+        return read_metrics(self.output_dir, self.task)
+
+    def state(self) -> str:
+        """
+        "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config (but for losses that it
+        does not name) that was evaluated after its last step, whose checkpoint is younger than what it was made from.
+        """
+        if not self._has_this_config():
+            return "new"
+        is_trained = os.path.isfile(self.weights)
+        latest = self.weights if is_trained else os.path.join(self.output_dir, "last_checkpoint")
+        if not os.path.isfile(latest) or any(os.path.getmtime(x) > os.path.getmtime(latest) for x in self.inputs):
+            return "new"
+        return "finished" if is_trained and self.metrics() else "interrupted"
+
+    def holds_other_files(self) -> bool:
+        """Whether something is in its folder, but no run."""
+        found = os.listdir(self.output_dir) if os.path.isdir(self.output_dir) else []
+        return bool(found) and "config.yaml" not in found
+
+    def complete(self, *, log: int | None = None) -> None:
+        """
+        Train it, resume it, or leave it as it is, whichever its state asks for, and say so. An older run in its folder
+        is removed.
+
+        Args:
+            log: where its output goes, as of ``subprocess.run``; errors are always shown.
+
+        Raises:
+            UserError: the training failed; it has said why. Or the folder holds files that are no run.
+        """
+        state = self.state()
+        if state == "finished":
+            print(f"{self.name}: {self.weights} is there, reused", flush=True)
+        elif state == "new":
+            if self.holds_other_files():
+                raise UserError(
+                    f"{self.name}: {self.output_dir} holds files, but no run (no config.yaml). Remove it, or choose "
+                    f"another folder."
+                )
+            shutil.rmtree(self.output_dir, ignore_errors=True)
+            run_command(self.command, log=log)
+        else:
+            print(f"{self.name}: interrupted in {self.output_dir}, resumed", flush=True)
+            run_command([self.tool, "--resume", *self.command[1:]], log=log)
+
+    def _has_this_config(self) -> bool:
+        wanted = _used_keys(yaml.safe_load(self.cfg().dump()))
+        try:
+            with open(os.path.join(self.output_dir, "config.yaml")) as f:
+                return _used_keys(yaml.safe_load(f)) == wanted
+        except (FileNotFoundError, yaml.YAMLError, LookupError, TypeError, ValueError):  # no config of ours
+            return False
+
+
+def _used_keys(config: dict) -> dict:
+    """A dumped config without the weights, taps, ... of losses that it does not name."""
+    if config["MODEL"]["META_ARCHITECTURE"] != "Distiller":
+        return {key: value for key, value in config.items() if key != "KD"}
+    named = {loss_class(name) for name in config["KD"]["LOSSES"]}
+    unused = {cls.name.upper() for _, cls in DISTILLATION_LOSS_REGISTRY if cls not in named}
+    return {**config, "KD": {key: value for key, value in config["KD"].items() if key not in unused}}
+
+
+def run_command(command: list[str], *, log: int | None = None) -> None:
+    """
+    Print and run a Python script with its arguments.
+
+    Args:
+        log: see :meth:`Run.complete`.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    # Ctrl-C reaches the script as well, which saves what it has: wait for that, subprocess.run would kill it.
+    interrupt = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        status = subprocess.call([sys.executable, "-W", "ignore", *command], stdout=log)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    if status:
+        raise UserError(f"{command[0]} ended with exit status {status}; run this again to go on from here")

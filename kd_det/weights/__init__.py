@@ -1,0 +1,1 @@
+"""Files of weights: read safely, loaded strictly, converted, inherited from a teacher, exported."""

@@ -1,0 +1,256 @@
+"""A trained student as a folder that plain Detectron2 loads: its config, its weights, and how to load them, checked."""
+
+import os
+import shutil
+import tempfile
+import warnings
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.export import TracingAdapter
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from torch import Tensor, nn
+
+from kd_det.backbones import basic_resnet, timm_backbone
+from kd_det.config_file import add_missing_keys, merge_config_file
+from kd_det.student import student_cfg
+from kd_det.weights.checkpoint import load_strictly
+
+__all__ = ["ExportReport", "export_student"]
+
+CONFIG, WEIGHTS, TRACED, README = "config.yaml", "model.pth", "model.ts", "README.md"
+
+# Largest relative error of the backbone's maps that the check run accepts: bit for bit, or float16's rounding.
+TOLERANCE = {False: 0.0, True: 0.02}
+
+_LOADING = """\
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+{imports}
+cfg = get_cfg()
+{add_config}cfg.merge_from_file("{config}")
+cfg.MODEL.WEIGHTS = "{weights}"
+cfg.MODEL.DEVICE = "cpu"  # or "cuda"
+predictor = DefaultPredictor(cfg)
+instances = predictor(image)["instances"]  # image: (H, W, 3) uint8, BGR, as cv2.imread gives it
+"""
+
+_README = """\
+# {architecture}, exported
+
+`{config}` and `{weights}` are a plain Detectron2 model: {parameters:,} parameters, {dtype}, {megabytes:.1f} MB.
+They need {needs}.
+
+```python
+{loading}```
+
+{traced}Check run: {check}
+"""
+
+_TRACED = """\
+`{traced}` is a TorchScript trace of it, made by Detectron2's exporter: it takes one image, a float tensor (3, H, W) of
+the channel order {order} with values 0 to 255, already resized as `INPUT.MIN_SIZE_TEST` says, and returns the fields of
+its detections in that image's coordinates, {fields}.
+
+"""
+
+
+class ExportReport(NamedTuple):
+    """
+    Attributes:
+        folder: where the files are.
+        files: their names.
+        num_parameters: of the student.
+        needs: packages besides Detectron2 that loading needs, e.g. ("timm",).
+        feature_error: relative error of the reloaded backbone's maps (maximum of the difference over that of the map).
+        num_detections: on the check images, before and after.
+    """
+
+    folder: str
+    files: Tuple[str, ...]
+    num_parameters: int
+    needs: Tuple[str, ...]
+    feature_error: float
+    num_detections: Tuple[int, int]
+
+
+def export_student(
+    cfg: CfgNode, weights: str, folder: str, *, half: bool = False, trace: bool = False, images: Sequence[Tensor] = ()
+) -> ExportReport:
+    """
+    Write a plain Detectron2 config and its weights, load them again, and compare outputs.
+
+    Args:
+        cfg: of the training, with or without KD keys.
+        weights: a checkpoint of the training.
+        folder: is created; must be empty or not exist. Nothing is left there if the export fails.
+        half: save floating-point weights in float16 (half the size; Detectron2 loads them into float32).
+        trace: also save a TorchScript trace of the detector, where Detectron2's exporter can make one.
+        images: raw images (3, H, W) of ``INPUT.FORMAT`` for the check run; default: random ones.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that do not exist or do not fit; a model that only kd_det can build; a
+            folder that is not empty; a trace that cannot be made; or a check run that failed.
+    """
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{folder!r} is not a folder to export to.")
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(f"The folder {folder!r} is not empty; the export needs one of its own.")
+    cfg = plain_cfg(cfg)
+    if META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).__module__.startswith("kd_det"):
+        raise ValueError(
+            f"{cfg.MODEL.META_ARCHITECTURE} is kd_det's own meta-architecture, which plain Detectron2 cannot load; "
+            f"of a classifier, export the backbone: tools/pretrain_backbone.py."
+        )
+    model = build_model(cfg).eval()
+    load_strictly(model, weights, who="student")
+    images = list(images) or _random_images()
+
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as made:
+        files = [CONFIG, WEIGHTS]
+        torch.save({"model": _weights(model, half)}, os.path.join(made, WEIGHTS))
+        with open(os.path.join(made, CONFIG), "w") as file:
+            file.write(cfg.dump())
+        backbone_file = _backbone_file(cfg)
+        if backbone_file:
+            files.append(os.path.basename(backbone_file))
+            shutil.copy(backbone_file, made)
+        error, detections = _check_run(cfg, model, made, images)
+        if not error <= TOLERANCE[half]:
+            raise ValueError(f"The exported student differs from the trained one: its maps by {error:.2g}, relatively.")
+        fields: List[str] = []
+        if trace:
+            fields = _trace(model, images, os.path.join(made, TRACED))
+            files.append(TRACED)
+        needs = _needs(model)
+        report = ExportReport(
+            folder, (*files, README), sum(p.numel() for p in model.parameters()), needs, error, detections
+        )
+        with open(os.path.join(made, README), "w") as file:
+            file.write(_readme(cfg, report, half, fields, os.path.getsize(os.path.join(made, WEIGHTS))))
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+        shutil.copytree(made, folder)
+    return report
+
+
+def plain_cfg(cfg: CfgNode) -> CfgNode:
+    """The config of the plain student, that starts from no weights but those it is given."""
+    cfg = student_cfg(cfg)
+    cfg.defrost()
+    if _uses_timm(cfg):
+        cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.MODEL.WEIGHTS = WEIGHTS
+    cfg.freeze()
+    return cfg
+
+
+def _uses_timm(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.get("TIMM", {}).get("NAME", ""))
+
+
+def _backbone_file(cfg: CfgNode) -> Optional[str]:
+    """The file of kd_det that registers the backbone's builder; None where the builder is not kd_det's."""
+    if _uses_timm(cfg):
+        return timm_backbone.__file__
+    return basic_resnet.__file__ if cfg.MODEL.BACKBONE.NAME in basic_resnet.__all__ else None
+
+
+def _weights(model: nn.Module, half: bool) -> Dict[str, Tensor]:
+    state = dict(model.state_dict())
+    if not half:
+        return state
+    largest = torch.finfo(torch.float16).max
+    return {
+        key: value.half() if value.is_floating_point() and value.abs().max() < largest else value
+        for key, value in state.items()
+    }
+
+
+def _random_images() -> List[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(256, (3, *size), generator=generator).float() for size in ((192, 256), (256, 160))]
+
+
+@torch.no_grad()
+def _check_run(cfg: CfgNode, model: nn.Module, folder: str, images: List[Tensor]) -> Tuple[float, Tuple[int, int]]:
+    reloaded_cfg = get_cfg()
+    add_missing_keys(reloaded_cfg, cfg)  # timm's and a project's own; who loads the files adds them likewise
+    merge_config_file(reloaded_cfg, os.path.join(folder, CONFIG))
+    reloaded = build_model(reloaded_cfg).eval()
+    load_strictly(reloaded, os.path.join(folder, WEIGHTS), who="exported student")
+    error, counts = 0.0, [0, 0]
+    for image in images:
+        height, width = image.shape[-2:]
+        inputs = [{"image": image, "height": height, "width": width}]
+        maps = [network.backbone(network.preprocess_image(inputs).tensor) for network in (model, reloaded)]
+        for name, want in maps[0].items():
+            error = max(error, ((maps[1][name] - want).abs().max() / want.abs().max().clamp(min=1e-12)).item())
+        for i, network in enumerate((model, reloaded)):
+            counts[i] += len(network(inputs)[0]["instances"])
+    return error, (counts[0], counts[1])
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, images: List[Tensor], path: str) -> List[str]:
+    """Save the trace, compared with the model on every image; returns the names of what it gives."""
+
+    def inference(network, inputs):
+        if isinstance(network, GeneralizedRCNN):  # in the coordinates of the network's input
+            return [{"instances": network.inference(inputs, do_postprocess=False)[0]}]
+        return network(inputs)
+
+    adapter = TracingAdapter(model, [{"image": images[0]}], inference).eval()
+    try:
+        with warnings.catch_warnings():
+            # It warns of what may be constant in the trace; the other images show whether anything is.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            traced = torch.jit.trace(adapter, (images[0],), check_trace=False)
+        for image in images:
+            for want, got in zip(adapter(image), traced(image)):
+                if want.shape != got.shape or not torch.allclose(want.float(), got.float(), atol=1e-3):
+                    raise ValueError("on another image, the trace gives other detections than the model")
+    except (RuntimeError, ValueError, AttributeError, TypeError, AssertionError) as e:
+        raise ValueError(f"Detectron2's exporter cannot trace this {type(model).__name__}: {e}") from e
+    torch.jit.save(traced, path)
+    instances = inference(model, [{"image": images[0]}])[0]["instances"]
+    return [*instances.get_fields(), "image_size"]
+
+
+def _needs(model: nn.Module) -> Tuple[str, ...]:
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    packages = {"timm" if name == "kd_det" else name for name in packages}
+    return tuple(sorted(packages - {"detectron2", "torch", "fvcore", "torchvision"}))
+
+
+def _readme(cfg: CfgNode, report: ExportReport, half: bool, fields: List[str], size: int) -> str:
+    timm, backbone_file = _uses_timm(cfg), _backbone_file(cfg)
+    needs = " and ".join(("Detectron2", *report.needs)) + ", not kd_det"
+    imports = ""
+    if backbone_file:
+        module = os.path.basename(backbone_file).removesuffix(".py")
+        imports = f"from {module} import add_timm_config" if timm else f"import {module}"
+        imports += "  # the file beside the config; it registers the backbone\n"
+    loading = _LOADING.format(
+        imports=imports,
+        add_config="add_timm_config(cfg)\n" if timm else "",
+        config=CONFIG,
+        weights=WEIGHTS,
+    )
+    before, after = report.num_detections
+    return _README.format(
+        architecture=cfg.MODEL.META_ARCHITECTURE,
+        config=CONFIG,
+        weights=WEIGHTS,
+        parameters=report.num_parameters,
+        dtype="float16" if half else "float32",
+        megabytes=size / 2**20,
+        needs=needs,
+        loading=loading,
+        traced=_TRACED.format(traced=TRACED, order=cfg.INPUT.FORMAT, fields=", ".join(fields)) if fields else "",
+        check=f"the files, loaded again, give the trained student's maps with a relative error of "
+        f"{report.feature_error:.2g}, and {after} detections where it has {before}.",
+    )
