@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kd_det.compat import has_event_storage
 from kd_det.config import check_kd_config
-from kd_det.features.regions import RegionHead, Regions, RegionTaps
+from kd_det.features.context import StepContext
+from kd_det.features.regions import RegionHead, RegionTaps
 from kd_det.features.taps import Taps
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
 from kd_det.random_state import preserved_random_state
@@ -159,7 +160,7 @@ class Distiller(nn.Module):
         losses, features, canvas, stages = self._run_student(batched_inputs)
         teacher_features, teacher_outputs = self.run_teacher(batched_inputs, canvas)
         self._warn_of_frozen_taps(features)
-        regions = Regions(
+        context = StepContext(
             image_sizes(batched_inputs),
             canvas,
             instances=[x["instances"] for x in batched_inputs] if "instances" in batched_inputs[0] else None,
@@ -175,7 +176,7 @@ class Distiller(nn.Module):
             if factors[name] == 0:
                 losses[loss.key] = _zero(loss)
                 continue
-            value = loss(_at(features, loss.student_taps), _at(teacher_features, loss.teacher_taps), regions)
+            value = loss(_at(features, loss.student_taps), _at(teacher_features, loss.teacher_taps), context)
             losses[loss.key] = factors[name] * value
         self._check_finite({loss.key: losses[loss.key] for loss in self.losses.values()})
         return losses
@@ -196,9 +197,9 @@ class Distiller(nn.Module):
             divisibility = max(self.student.backbone.size_divisibility, 1)
             canvas = tuple(-(-max(side) // divisibility) * divisibility for side in zip(*sizes))
             features, _ = self.run_teacher(batched_inputs, canvas)
-            regions = Regions(sizes, canvas)
+            context = StepContext(sizes, canvas)
             for loss in observers:
-                loss.observe(_at(features, loss.teacher_taps), regions)
+                loss.observe(_at(features, loss.teacher_taps), context)
             images += len(sizes)
         logger.info(f"Calibrated {[loss.key for loss in observers]} on {images} images of this rank.")
 

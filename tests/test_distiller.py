@@ -270,9 +270,9 @@ class MeanLoss(DistillationLoss):
     def from_config(cls, cfg, student, teacher):
         return {**super().from_config(cfg, student, teacher), "scale": cfg.KD.MEAN.SCALE}
 
-    def forward(self, student, teacher, regions):
-        self.seen = regions
-        return sum((self.scale * s.mean() - t.mean()) ** 2 for s, t, _ in self.pairs(student, teacher, regions))
+    def forward(self, student, teacher, context):
+        self.seen = context
+        return sum((self.scale * s.mean() - t.mean()) ** 2 for s, t, _ in self.pairs(student, teacher, context))
 
 
 def add_mean_loss_config(cfg):

@@ -14,7 +14,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
-from kd_det.features.regions import valid_mask
+from kd_det.features.context import valid_mask
 from kd_det.weights.convert import classifier_names
 
 __all__ = ["ImageClassifier"]

@@ -260,8 +260,8 @@ class AttentionTransferLoss(DistillationLoss):
         node = cfg.KD.AT
         return {**ret, "mapping": node.MAPPING, "p": node.P, "reduction": node.REDUCTION}
 
-    def forward(self, student, teacher, regions):
+    def forward(self, student, teacher, context):
         return sum(
             attention_transfer_loss(s, t, valid=valid, **self.options)
-            for s, t, valid in self.pairs(student, teacher, regions)
+            for s, t, valid in self.pairs(student, teacher, context)
         )

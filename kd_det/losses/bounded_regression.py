@@ -87,15 +87,15 @@ class BoundedRegressionLoss(DistillationLoss):
             )
         return {**ret, "margin": cfg.KD.BOUNDED_REGRESSION.MARGIN}
 
-    def forward(self, student, teacher, regions):
-        pairs = regions.region_pairs()
+    def forward(self, student, teacher, context):
+        pairs = context.region_pairs()
         total = 0.0
         for stage, (s, t) in enumerate(pairs):
-            targets = regions.region_targets(stage)
+            targets = context.region_targets(stage)
             share = share_of_samples(len(targets.deltas), targets.deltas.device)
             total = total + share * bounded_regression_loss(
                 targets.of_class(s.deltas),
-                targets.of_class(t.deltas) * regions.teacher_units(stage).to(t.deltas),
+                targets.of_class(t.deltas) * context.teacher_units(stage).to(t.deltas),
                 targets.deltas,
                 margin=self.margin,
             )

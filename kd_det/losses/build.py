@@ -16,7 +16,7 @@ Registry of distillation losses: subclasses of :class:`DistillationLoss`.
 
 A registered class is built by ``cls(cfg, student, teacher)``: its ``from_config(cls, cfg, student, teacher)`` sees
 both models (to read channels, class counts, norm layers) and returns the arguments of ``__init__``, which sees none.
-It is called by ``loss(student, teacher, regions)``, see :meth:`DistillationLoss.forward`.
+It is called by ``loss(student, teacher, context)``, see :meth:`DistillationLoss.forward`.
 """
 
 
@@ -32,8 +32,8 @@ class DistillationLoss(nn.Module):
 
     Attributes:
         name: the loss is logged as ``loss_<name>`` and configured by ``KD.<NAME>``.
-        needs_regions: whether it reads ``regions.region_pairs()``; the student must then have ROI heads.
-        needs_input_gradients: whether it reads ``regions.input_gradients()``; both networks must then have
+        needs_regions: whether it reads ``context.region_pairs()``; the student must then have ROI heads.
+        needs_input_gradients: whether it reads ``context.input_gradients()``; both networks must then have
             ``task_losses``, as ``ImageClassifier`` has.
     """
 
@@ -113,11 +113,11 @@ class DistillationLoss(nn.Module):
         """How many images :meth:`observe` still wants to see before the first training step."""
         return 0
 
-    def observe(self, teacher: List[Tensor], regions) -> None:
+    def observe(self, teacher: List[Tensor], context) -> None:
         """Take in the teacher's maps of a batch without training; see :meth:`images_to_observe`."""
 
     def pairs(
-        self, student: List[Tensor], teacher: List[Tensor], regions
+        self, student: List[Tensor], teacher: List[Tensor], context
     ) -> List[Tuple[Tensor, Tensor, Optional[Tensor]]]:
         """
         The maps to compare with the mask of their valid positions at the student's size (None: all).
@@ -130,21 +130,21 @@ class DistillationLoss(nn.Module):
                 f"{type(self).__name__}: the student taps {self.student_taps} gave {len(student)} maps and the teacher "
                 f"taps {self.teacher_taps} gave {len(teacher)}; the networks' numbers of levels differ."
             )
-        return [(s, t, regions.valid(s) if s.dim() == 4 else None) for s, t in zip(student, teacher)]
+        return [(s, t, context.valid(s) if s.dim() == 4 else None) for s, t in zip(student, teacher)]
 
-    def forward(self, student: List[Tensor], teacher: List[Tensor], regions) -> Tensor:
+    def forward(self, student: List[Tensor], teacher: List[Tensor], context) -> Tensor:
         """
         Args:
             student: the maps at ``student_taps``, in order, each (N, Cs, Hs, Ws), with their graph. A tap on a module
                 that runs several times per image gives one map a call.
             teacher: the maps at ``teacher_taps``, each (N, Ct, Ht, Wt), without a graph.
-            regions (kd_det.features.regions.Regions): which positions hold image, the ground truth, and the sampled
+            context (kd_det.features.context.StepContext): which positions hold image, the ground truth, and the sampled
                 regions.
 
         Returns:
             A scalar, without the factor ``weight``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement forward(student, teacher, regions)")
+        raise NotImplementedError(f"{type(self).__name__} must implement forward(student, teacher, context)")
 
 
 def tap_channels(arguments: Dict, student: nn.Module, teacher: nn.Module) -> Dict[str, List[int]]:

@@ -71,8 +71,8 @@ class CWDLoss(ConnectedLoss):
     def from_config(cls, cfg, student, teacher):
         return {**super().from_config(cfg, student, teacher), "temperature": cfg.KD.CWD.TEMPERATURE}
 
-    def forward(self, student, teacher, regions):
-        pairs = self.pairs(student, teacher, regions)
+    def forward(self, student, teacher, context):
+        pairs = self.pairs(student, teacher, context)
         return sum(
             cwd_loss(connector(s), t, temperature=self.temperature, valid=valid)
             for connector, (s, t, valid) in zip(self.connectors, pairs)

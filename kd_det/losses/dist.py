@@ -92,7 +92,7 @@ class DISTLoss(LogitLoss):
         options = {"beta": node.BETA, "gamma": node.GAMMA, "temperature": node.TEMPERATURE}
         return {**super().from_config(cfg, student, teacher), **options}
 
-    def forward(self, student, teacher, regions):
+    def forward(self, student, teacher, context):
         # "Over samples" means those of all ranks.
-        pairs = [(gather_samples(s), gather_samples(t)) for s, t in self.logit_pairs(student, teacher, regions)]
+        pairs = [(gather_samples(s), gather_samples(t)) for s, t in self.logit_pairs(student, teacher, context)]
         return sum(dist_loss(s, t, **self.options) for s, t in pairs) / len(pairs)

@@ -103,11 +103,11 @@ class DKDLoss(LogitLoss):
         options = {"alpha": node.ALPHA, "beta": node.BETA, "temperature": node.TEMPERATURE}
         return {**super().from_config(cfg, student, teacher), **options}
 
-    def forward(self, student, teacher, regions):
-        pairs = self.logit_pairs(student, teacher, regions)
+    def forward(self, student, teacher, context):
+        pairs = self.logit_pairs(student, teacher, context)
         total = 0.0
         for stage, (s, t) in enumerate(pairs):
-            targets = regions.region_targets(stage)
+            targets = context.region_targets(stage)
             labels = torch.full((len(s),), s.shape[1] - 1, device=s.device)
             labels[targets.index] = targets.classes
             total = total + dkd_loss(s, t, labels, **self.options)

@@ -176,12 +176,12 @@ class FGDLoss(ConnectedLoss):
         options = ("TEMPERATURE", "ALPHA", "BETA", "GAMMA", "RELATION")
         return {**ret, **{option.lower(): node[option] for option in options}}
 
-    def forward(self, student, teacher, regions):
-        boxes = [instances.gt_boxes.tensor for instances in regions.ground_truth()]
+    def forward(self, student, teacher, context):
+        boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
         total = 0.0
-        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, regions)):
+        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, context)):
             s = self.connectors[level](s)
-            total = total + fgd_loss(s, t, boxes, regions.canvas, valid=valid, **self.options)
+            total = total + fgd_loss(s, t, boxes, context.canvas, valid=valid, **self.options)
             total = total + self.relation * self._global_relation(level, s, t, valid)
         return total
 

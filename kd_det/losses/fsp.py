@@ -102,10 +102,10 @@ class FSPLoss(ConnectedLoss):
                 f"{', '.join(self.student_taps) or 'none'}."
             )
 
-    def forward(self, student, teacher, regions):
+    def forward(self, student, teacher, context):
         maps = [
-            (connector(s), t, regions.valid(s), regions.valid(t))
-            for connector, (s, t, _) in zip(self.connectors, self.pairs(student, teacher, regions))
+            (connector(s), t, context.valid(s), context.valid(t))
+            for connector, (s, t, _) in zip(self.connectors, self.pairs(student, teacher, context))
         ]
         total = 0.0
         for (s, t, valid_s, valid_t), (s_next, t_next, _, _) in zip(maps[::2], maps[1::2]):

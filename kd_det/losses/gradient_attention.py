@@ -34,6 +34,6 @@ class GradientAttentionLoss(DistillationLoss):
     def from_config(cls, cfg, student, teacher):
         return super().from_config(cfg, student, teacher)
 
-    def forward(self, student, teacher, regions):
-        pairs = list(zip(*regions.input_gradients()))
+    def forward(self, student, teacher, context):
+        pairs = list(zip(*context.input_gradients()))
         return sum(gradient_attention_loss(s[None], t[None]) for s, t in pairs) / len(pairs)

@@ -44,6 +44,6 @@ class HintLoss(ConnectedLoss):
     name = "hint"
     connects_equal_channels = True
 
-    def forward(self, student, teacher, regions):
-        pairs = self.pairs(student, teacher, regions)
+    def forward(self, student, teacher, context):
+        pairs = self.pairs(student, teacher, context)
         return sum(hint_loss(connector(s), t, valid=valid) for connector, (s, t, valid) in zip(self.connectors, pairs))

@@ -50,8 +50,8 @@ class LogitLoss(DistillationLoss):
                 )
         return ret
 
-    def logit_pairs(self, student: list[Tensor], teacher: list[Tensor], regions) -> list[tuple[Tensor, Tensor]]:
+    def logit_pairs(self, student: list[Tensor], teacher: list[Tensor], context) -> list[tuple[Tensor, Tensor]]:
         """Student's and teacher's logits, once for each stage of the box head or each map."""
         if self.needs_regions:
-            return [(s.logits, t.logits) for s, t in regions.region_pairs()]
-        return [(s, t) for s, t, _ in self.pairs(student, teacher, regions)]
+            return [(s.logits, t.logits) for s, t in context.region_pairs()]
+        return [(s, t) for s, t, _ in self.pairs(student, teacher, context)]

@@ -91,8 +91,8 @@ class MGDLoss(ConnectedLoss):
     def from_config(cls, cfg, student, teacher):
         return {**super().from_config(cfg, student, teacher), "mask_ratio": cfg.KD.MGD.MASK_RATIO}
 
-    def forward(self, student, teacher, regions):
-        pairs = zip(self.connectors, self.generations, self.pairs(student, teacher, regions))
+    def forward(self, student, teacher, context):
+        pairs = zip(self.connectors, self.generations, self.pairs(student, teacher, context))
         return sum(
             mgd_loss(connector(s), t, generation, mask_ratio=self.mask_ratio, valid=valid)
             for connector, generation, (s, t, valid) in pairs

@@ -284,5 +284,5 @@ class NSTLoss(DistillationLoss):
         node = cfg.KD.NST
         return {**ret, "kernel": node.KERNEL, "degree": node.DEGREE, "offset": node.OFFSET}
 
-    def forward(self, student, teacher, regions):
-        return sum(nst_loss(s, t, valid=valid, **self.options) for s, t, valid in self.pairs(student, teacher, regions))
+    def forward(self, student, teacher, context):
+        return sum(nst_loss(s, t, valid=valid, **self.options) for s, t, valid in self.pairs(student, teacher, context))

@@ -279,15 +279,15 @@ class OverhaulLoss(ConnectedLoss):
         uncalibrated = self._calibrates and not all(bool(margin.count.any()) for margin in self.margins)
         return self.calibration_images if uncalibrated else 0
 
-    def observe(self, teacher, regions):
+    def observe(self, teacher, context):
         for margin, features in zip(self.margins, teacher):
-            margin.observe(features, regions.valid(features))
+            margin.observe(features, context.valid(features))
 
-    def forward(self, student, teacher, regions):
+    def forward(self, student, teacher, context):
         if self._runs:
-            self.observe(teacher, regions)
+            self.observe(teacher, context)
         total = 0.0
-        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, regions)):
+        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, context)):
             term = overhaul_loss(
                 self.connectors[level](s), t, self.margins[level].value, reduction=self.reduction, valid=valid
             )

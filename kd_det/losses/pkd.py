@@ -66,7 +66,7 @@ class PKDLoss(ConnectedLoss):
 
     name = "pkd"
 
-    def forward(self, student, teacher, regions):
-        pairs = self.pairs(student, teacher, regions)
+    def forward(self, student, teacher, context):
+        pairs = self.pairs(student, teacher, context)
         maps = ((c(s), t, valid) for c, (s, t, valid) in zip(self.connectors, pairs))
         return sum(pkd_loss(s, t, valid=valid, all_ranks=True) for s, t, valid in maps)

@@ -156,8 +156,8 @@ class ReviewKDLoss(DistillationLoss):
             "connector_norm": node.CONNECTOR_NORM,
         }
 
-    def forward(self, student, teacher, regions):
-        pairs = self.pairs(student, teacher, regions)
+    def forward(self, student, teacher, context):
+        pairs = self.pairs(student, teacher, context)
         levels: List[Tensor] = []
         fused = None
         for fusion, (s, _, _) in zip(reversed(self.fusions), reversed(pairs)):

@@ -124,28 +124,28 @@ class SimilarityLoss(DistillationLoss):
             )
         return {**ret, "samples": node.SAMPLES, "max_regions": node.MAX_REGIONS, "grid": node.GRID}
 
-    def forward(self, student, teacher, regions):
+    def forward(self, student, teacher, context):
         if self.needs_regions:
-            images = sum(comm.all_gather(len(regions.image_sizes)))
-            pairs = regions.region_pairs()
+            images = sum(comm.all_gather(len(context.image_sizes)))
+            pairs = context.region_pairs()
             total = 0.0
             for stage, outputs in enumerate(pairs):
-                first = regions.first_regions(stage, max(1, self.max_regions // images))
+                first = context.first_regions(stage, max(1, self.max_regions // images))
                 s, t = (gather_samples(output.features[first]) for output in outputs)
                 total = total + similarity_preserving_loss(s, t)
             return total / len(pairs)
         total = 0.0
-        for s, t, _ in self.pairs(student, teacher, regions):
-            s, t = gather_samples(self._to_grid(s, regions)), gather_samples(self._to_grid(t, regions))
+        for s, t, _ in self.pairs(student, teacher, context):
+            s, t = gather_samples(self._to_grid(s, context)), gather_samples(self._to_grid(t, context))
             if len(s) < 2:
                 raise ValueError("SimilarityLoss over images needs at least 2 images in the global batch, found 1.")
             total = total + similarity_preserving_loss(s, t)
         return total
 
-    def _to_grid(self, features: Tensor, regions) -> Tensor:
+    def _to_grid(self, features: Tensor, context) -> Tensor:
         if features.dim() != 4:
             return features
-        valid = regions.valid(features)
+        valid = context.valid(features)
         if valid is None:
             return F.adaptive_avg_pool2d(features, self.grid)
         pooled = []

@@ -65,6 +65,6 @@ class SoftTargetLoss(LogitLoss):
     def from_config(cls, cfg, student, teacher):
         return {**super().from_config(cfg, student, teacher), "temperature": cfg.KD.SOFT_TARGET.TEMPERATURE}
 
-    def forward(self, student, teacher, regions):
-        pairs = self.logit_pairs(student, teacher, regions)
+    def forward(self, student, teacher, context):
+        pairs = self.logit_pairs(student, teacher, context)
         return sum(soft_target_loss(s, t, temperature=self.temperature) for s, t in pairs) / len(pairs)

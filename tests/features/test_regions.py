@@ -3,7 +3,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
-from kd_det.features.regions import RegionHead, Regions, RegionTaps, valid_mask
+from kd_det.features.context import StepContext, valid_mask
+from kd_det.features.regions import RegionHead, RegionTaps
 from tests.tiny import NUM_CLASSES, batch, tiny_cfg
 
 
@@ -26,13 +27,13 @@ class TestValidMask:
         assert valid_mask([(49, 96), (48, 96)], (96, 96), (2, 2))[:, 0, :, 0].tolist() == [[True, True], [True, False]]
 
     def test_none_where_everything_is_valid(self):
-        regions = Regions([(64, 96), (64, 96)], (64, 96))
-        assert regions.valid(torch.zeros(2, 1, 8, 12)) is None
+        context = StepContext([(64, 96), (64, 96)], (64, 96))
+        assert context.valid(torch.zeros(2, 1, 8, 12)) is None
 
     def test_made_once_a_size(self):
-        regions = Regions([(64, 96), (32, 96)], (64, 96))
-        assert regions.valid(torch.zeros(2, 1, 8, 12)) is regions.valid(torch.zeros(2, 7, 8, 12))
-        assert regions.valid(torch.zeros(2, 1, 4, 6)).shape == (2, 1, 4, 6)
+        context = StepContext([(64, 96), (32, 96)], (64, 96))
+        assert context.valid(torch.zeros(2, 1, 8, 12)) is context.valid(torch.zeros(2, 7, 8, 12))
+        assert context.valid(torch.zeros(2, 1, 4, 6)).shape == (2, 1, 4, 6)
 
 
 def cascade(**opts):
@@ -98,4 +99,4 @@ class TestRegionTaps:
 
     def test_regions_that_were_not_recorded(self):
         with pytest.raises(RuntimeError, match="needs_regions = True"):
-            Regions([(64, 96)], (64, 96)).region_pairs()
+            StepContext([(64, 96)], (64, 96)).region_pairs()

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from detectron2.modeling import build_model
 from torch import nn
 
-from kd_det.features.regions import Regions
+from kd_det.features.context import StepContext
 from kd_det.losses.fgd import _GlobalContext, fgd_loss
 from kd_det.losses.mgd import MGDLoss, mgd_loss
 from tests.tiny import batch, distillation_cfg
@@ -105,7 +105,7 @@ def test_fgd_in_a_detector_adds_the_global_relation(tmp_path):
     for image in images:
         del image["instances"]
     with pytest.raises(ValueError, match="needs ground truth: the batch has no 'instances'"):
-        loss([student], [teacher], Regions([(64, 64)] * 2, (64, 64)))
+        loss([student], [teacher], StepContext([(64, 64)] * 2, (64, 64)))
 
 
 def test_mgd_hides_a_share_of_the_positions():

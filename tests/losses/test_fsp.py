@@ -2,7 +2,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from kd_det.features.regions import Regions
+from kd_det.features.context import StepContext
 from kd_det.losses import FSPLoss, fsp_loss, fsp_matrix
 from tests.tiny import batch, distillation_cfg
 
@@ -97,7 +97,7 @@ def test_the_module_sums_flows_and_connects_only_other_widths():
     expected = sum(
         fsp_loss(fsp_matrix(connected[i], connected[i + 1]), fsp_matrix(teacher[i], teacher[i + 1])) for i in (0, 2)
     )
-    assert loss(student, teacher, Regions([(8, 8)] * 2, (8, 8))).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss(student, teacher, StepContext([(8, 8)] * 2, (8, 8))).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_it_runs_in_a_detector(tmp_path):

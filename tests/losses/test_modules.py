@@ -8,7 +8,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from kd_det.config import add_kd_config
-from kd_det.features.regions import RegionHead, Regions
+from kd_det.features.context import StepContext
+from kd_det.features.regions import RegionHead
 from kd_det.losses import (
     DISTILLATION_LOSS_REGISTRY,
     AttentionTransferLoss,
@@ -40,8 +41,8 @@ SIZES, CANVAS = [(64, 96), (48, 64)], (64, 96)
 
 
 @pytest.fixture
-def regions():
-    return Regions(SIZES, CANVAS)
+def context():
+    return StepContext(SIZES, CANVAS)
 
 
 @pytest.fixture
@@ -57,48 +58,48 @@ CHANNELS = {"student_channels": [4, 4], "teacher_channels": [6, 6]}
 
 
 class TestAreTheirFunctions:
-    def test_nst(self, maps, regions):
+    def test_nst(self, maps, context):
         options = {"kernel": "poly", "degree": 3, "offset": 0.5}
-        expected = sum(nst_loss(s, t, valid=regions.valid(s), **options) for s, t in zip(*maps))
-        assert NSTLoss(**TAPS, **options)(*maps, regions).item() == expected.item()
+        expected = sum(nst_loss(s, t, valid=context.valid(s), **options) for s, t in zip(*maps))
+        assert NSTLoss(**TAPS, **options)(*maps, context).item() == expected.item()
 
-    def test_attention_transfer(self, maps, regions):
+    def test_attention_transfer(self, maps, context):
         options = {"mapping": "max_pow", "p": 4, "reduction": "element"}
-        expected = sum(attention_transfer_loss(s, t, valid=regions.valid(s), **options) for s, t in zip(*maps))
-        assert AttentionTransferLoss(**TAPS, **options)(*maps, regions).item() == expected.item()
+        expected = sum(attention_transfer_loss(s, t, valid=context.valid(s), **options) for s, t in zip(*maps))
+        assert AttentionTransferLoss(**TAPS, **options)(*maps, context).item() == expected.item()
 
-    def test_hint(self, maps, regions):
+    def test_hint(self, maps, context):
         loss = HintLoss(**TAPS, **CHANNELS)
-        expected = sum(hint_loss(c(s), t, valid=regions.valid(s)) for c, s, t in zip(loss.connectors, *maps))
-        assert loss(*maps, regions).item() == expected.item()
+        expected = sum(hint_loss(c(s), t, valid=context.valid(s)) for c, s, t in zip(loss.connectors, *maps))
+        assert loss(*maps, context).item() == expected.item()
 
-    def test_overhaul_halves_each_shallower_stage(self, maps, regions):
+    def test_overhaul_halves_each_shallower_stage(self, maps, context):
         margins = [(torch.rand(6) + 0.5, torch.randn(6)) for _ in range(2)]
         loss = OverhaulLoss(**TAPS, **CHANNELS, margin=margins, connector_norm="")
         terms = [
-            overhaul_loss(c(s), t, margin_from_norm(*m), valid=regions.valid(s))
+            overhaul_loss(c(s), t, margin_from_norm(*m), valid=context.valid(s))
             for c, s, t, m in zip(loss.connectors, *maps, margins)
         ]
-        assert loss(*maps, regions).item() == pytest.approx(0.5 * terms[0].item() + terms[1].item(), rel=1e-6)
+        assert loss(*maps, context).item() == pytest.approx(0.5 * terms[0].item() + terms[1].item(), rel=1e-6)
 
-    def test_soft_target_at_a_tap(self, regions):
+    def test_soft_target_at_a_tap(self, context):
         student, teacher = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
         loss = SoftTargetLoss(student_taps=["head.cls_score"], temperature=3.0)
         expected = soft_target_loss(student, teacher, temperature=3.0)
-        assert not loss.needs_regions and loss([student], [teacher], regions).item() == expected.item()
+        assert not loss.needs_regions and loss([student], [teacher], context).item() == expected.item()
 
     @pytest.mark.parametrize("cls, function", [(PKDLoss, pkd_loss), (CWDLoss, cwd_loss)])
-    def test_with_connectors_where_channels_differ(self, maps, regions, cls, function):
+    def test_with_connectors_where_channels_differ(self, maps, context, cls, function):
         student, teacher = maps
         loss = cls(**TAPS, student_channels=[4, 4], teacher_channels=[6, 4])
         assert isinstance(loss.connectors[1], torch.nn.Identity)
         teacher = [teacher[0], teacher[1][:, :4]]
-        terms = [function(c(s), t, valid=regions.valid(s)) for c, s, t in zip(loss.connectors, student, teacher)]
-        assert loss(student, teacher, regions).item() == pytest.approx(sum(terms).item(), rel=1e-6)
+        terms = [function(c(s), t, valid=context.valid(s)) for c, s, t in zip(loss.connectors, student, teacher)]
+        assert loss(student, teacher, context).item() == pytest.approx(sum(terms).item(), rel=1e-6)
 
-    def test_levels_that_differ_in_number(self, maps, regions):
+    def test_levels_that_differ_in_number(self, maps, context):
         with pytest.raises(ValueError, match="gave 2 maps and the teacher taps .* gave 1"):
-            NSTLoss(**TAPS)(maps[0], maps[1][:1], regions)
+            NSTLoss(**TAPS)(maps[0], maps[1][:1], context)
 
     def test_every_registered_loss_has_its_config_node(self):
         cfg = tiny_cfg()
@@ -153,7 +154,7 @@ class TestMargins:
         (margin,) = model.losses["overhaul"].margins
         features = -torch.ones(2, 32, 4, 6)
         features[1, :, 3:] = features[1, :, :, 4:] = -100.0  # the padding of an image of 48 x 64
-        model.losses["overhaul"].observe([features], Regions(SIZES, CANVAS))
+        model.losses["overhaul"].observe([features], StepContext(SIZES, CANVAS))
         assert (margin.value == -1).all() and (margin.count == 4 * 6 + 3 * 4).all()
 
     def test_calibrated_before_step_0_on_the_first_training_images(self, tmp_path):
@@ -231,7 +232,7 @@ class TestMargins:
 
     def test_margins_survive_half_precision(self, tmp_path):
         loss = build_model(self.cfg(tmp_path)).losses["overhaul"]
-        loss.observe([torch.randn(2, 32, 4, 6)], Regions([(64, 96)] * 2, CANVAS))
+        loss.observe([torch.randn(2, 32, 4, 6)], StepContext([(64, 96)] * 2, CANVAS))
         count = loss.margins[0].count.clone()
         assert torch.equal(loss.half().margins[0].count, count)
 
@@ -243,8 +244,8 @@ class TestSimilarity:
         seen = []
         loss.register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
         model(batch())
-        ((regions, value),) = seen
-        ((s, t),) = regions.region_pairs()
+        ((context, value),) = seen
+        ((s, t),) = context.region_pairs()
         assert len(s.features) == 32
         assert value.item() == similarity_preserving_loss(s.features, t.features).item() > 0
 
@@ -254,14 +255,14 @@ class TestSimilarity:
         seen = []
         loss.register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
         model(batch())  # two images of 16 regions
-        ((regions, value),) = seen
-        ((s, t),) = regions.region_pairs()
+        ((context, value),) = seen
+        ((s, t),) = context.region_pairs()
         index = [*range(5), *range(16, 21)]
         assert value.item() == similarity_preserving_loss(s.features[index], t.features[index]).item() > 0
         with pytest.raises(ValueError, match="max_regions must be at least 2, found 1"):
             SimilarityLoss(max_regions=1)
 
-    def test_over_images_pools_the_valid_part_to_a_grid(self, regions):
+    def test_over_images_pools_the_valid_part_to_a_grid(self, context):
         loss = SimilarityLoss(student_taps=["p3"], samples="images", grid=2)
         student, teacher = torch.randn(2, 4, 8, 12), torch.randn(2, 6, 8, 12)
 
@@ -272,12 +273,12 @@ class TestSimilarity:
             return torch.stack([first, second])
 
         expected = similarity_preserving_loss(pooled(student), pooled(teacher))
-        assert loss([student], [teacher], regions).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert loss([student], [teacher], context).item() == pytest.approx(expected.item(), rel=1e-5)
 
     def test_one_image_is_an_error(self, tmp_path):
         loss = SimilarityLoss(student_taps=["p3"], samples="images")
         with pytest.raises(ValueError, match="at least 2 images in the global batch, found 1"):
-            loss([torch.randn(1, 4, 8, 12)], [torch.randn(1, 4, 8, 12)], Regions([(64, 96)], CANVAS))
+            loss([torch.randn(1, 4, 8, 12)], [torch.randn(1, 4, 8, 12)], StepContext([(64, 96)], CANVAS))
         with pytest.raises(ValueError, match="IMS_PER_BATCH must be at least 2, found 1"):
             build_model(
                 distillation_cfg(tmp_path, "Similarity", KD__SIMILARITY__SAMPLES="images", SOLVER__IMS_PER_BATCH=1)
@@ -294,15 +295,15 @@ class TestLogitsOfRegions:
         return seen[0]
 
     def test_dist(self, tmp_path):
-        regions, value = self.run(tmp_path, "DIST")
-        ((s, t),) = regions.region_pairs()
+        context, value = self.run(tmp_path, "DIST")
+        ((s, t),) = context.region_pairs()
         assert value.item() == dist_loss(s.logits, t.logits).item() > 0
 
     def test_dkd_takes_the_students_labels(self, tmp_path):
-        regions, value = self.run(tmp_path, "DKD")
-        ((s, t),) = regions.region_pairs()
+        context, value = self.run(tmp_path, "DKD")
+        ((s, t),) = context.region_pairs()
         labels = torch.full((32,), 3)  # background
-        targets = regions.region_targets(0)
+        targets = context.region_targets(0)
         labels[targets.index] = targets.classes
         expected = dkd_loss(s.logits, t.logits, labels, beta=0.25, temperature=1.0)
         assert value.item() == expected.item() > 0
@@ -355,9 +356,9 @@ class TestBoundedRegression:
         seen = []
         model.losses["bounded_regression"].register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
         model(batch())
-        ((regions, value),) = seen
-        ((s, t),) = regions.region_pairs()
-        targets = regions.region_targets(0)
+        ((context, value),) = seen
+        ((s, t),) = context.region_pairs()
+        targets = context.region_targets(0)
         # The student's weights are Detectron2's default (10, 10, 5, 5): half of the teacher's.
         expected = bounded_regression_loss(
             targets.of_class(s.deltas), targets.of_class(t.deltas) / 2, targets.deltas, margin=0.0
@@ -391,8 +392,8 @@ class TestCascade:
         seen = []
         model.losses["soft_target"].register_forward_hook(lambda m, args, out: seen.append((args[2], out)))
         losses = model(batch())
-        ((regions, value),) = seen
-        pairs = regions.region_pairs()
+        ((context, value),) = seen
+        pairs = context.region_pairs()
         assert len(pairs) == 3 and "loss_bounded_regression" in losses
         expected = sum(soft_target_loss(s.logits, t.logits, temperature=2.0) for s, t in pairs) / 3
         assert value.item() == pytest.approx(expected.item(), rel=1e-6)

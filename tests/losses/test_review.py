@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
 
-from kd_det.features.regions import Regions
+from kd_det.features.context import StepContext
 from kd_det.losses.review import ReviewKDLoss, hierarchical_context_loss
 from tests.tiny import batch, distillation_cfg
 
@@ -85,7 +85,7 @@ def test_a_level_is_fused_with_the_deeper_ones():
     gates = shallow.attention(torch.cat([own, up], 1)).sigmoid()
     torch.testing.assert_close(level3, shallow.expand(own * gates[:, :1] + up * gates[:, 1:]))
     teacher = [torch.randn(2, 3, 6, 8), torch.randn(2, 4, 3, 4)]
-    total = loss(maps, teacher, Regions([(48, 64)] * 2, (48, 64)))
+    total = loss(maps, teacher, StepContext([(48, 64)] * 2, (48, 64)))
     torch.testing.assert_close(total, hierarchical_context_loss([level3, level4], teacher))
 
 
