@@ -1,4 +1,4 @@
-"""What losses exchange between ranks, so that a batch that is split over GPUs costs what one GPU would compute for it."""
+"""What losses exchange between ranks, so that a batch split over GPUs has the loss that one GPU would compute."""
 
 from typing import List, Union
 
