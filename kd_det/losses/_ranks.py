@@ -2,12 +2,11 @@
 
 import torch
 from detectron2.utils import comm
-from fvcore.nn.distributed import differentiable_all_reduce
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-__all__ = ["gather_samples", "mean_over_ranks", "peak_over_ranks", "share_of_samples"]
+__all__ = ["gather_samples", "max_over_ranks", "share_of_samples", "sum_over_ranks"]
 
 
 class _AllGather(Function):
@@ -43,20 +42,18 @@ def gather_samples(samples: Tensor) -> Tensor:
     return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts)])
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of (C, P) over P and over all ranks, (C, 1), with its gradient; P may differ from rank to rank."""
-    if comm.get_world_size() == 1:
-        return x.mean(1, keepdim=True)
-    sums = differentiable_all_reduce(torch.cat([x.sum(1), x.new_tensor([x.shape[1]])]))
-    return sums[:-1, None] / sums[-1]
-
-
-def peak_over_ranks(x: Tensor) -> Tensor:
-    """The largest magnitude in (C, P) over P and over all ranks, (C, 1), without gradient."""
-    peak = x.detach().abs().amax(1, keepdim=True)
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of equally shaped tensors of all ranks, in place, without gradient."""
     if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-    return peak
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise maximum of equally shaped tensors of all ranks, in place, without gradient."""
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
+    return x
 
 
 def share_of_samples(count: int, device: torch.device) -> Tensor:
