@@ -126,17 +126,17 @@ class SimilarityLoss(DistillationLoss):
 
     def forward(self, student, teacher, context):
         if self.needs_regions:
-            images = sum(comm.all_gather(len(context.image_sizes)))
+            images = len(context.image_sizes) * comm.get_world_size()
             pairs = context.region_pairs()
             total = 0.0
             for stage, outputs in enumerate(pairs):
                 first = context.first_regions(stage, max(1, self.max_regions // images))
-                s, t = (gather_samples(output.features[first]) for output in outputs)
+                s, t = gather_samples(*(output.features[first] for output in outputs))
                 total = total + similarity_preserving_loss(s, t)
             return total / len(pairs)
         total = 0.0
         for s, t, _ in self.pairs(student, teacher, context):
-            s, t = gather_samples(self._to_grid(s, context)), gather_samples(self._to_grid(t, context))
+            s, t = gather_samples(self._to_grid(s, context), self._to_grid(t, context))
             if len(s) < 2:
                 raise ValueError("SimilarityLoss over images needs at least 2 images in the global batch, found 1.")
             total = total + similarity_preserving_loss(s, t)
