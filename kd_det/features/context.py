@@ -34,6 +34,10 @@ def valid_mask(image_sizes: List[Tuple[int, int]], canvas: Tuple[int, int], size
     return (rows[:, None, :, None]) & (columns[:, None, None, :])
 
 
+def valid_sizes(image_sizes, canvas, size):
+    return [tuple(-(-side * m // c) for side, m, c in zip(image, size, canvas)) for image in image_sizes]
+
+
 class StepContext:
     """
     What a loss may know of a training step besides the maps: image sizes, valid positions, ground truth, and the
