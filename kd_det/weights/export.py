@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_det.backbones import basic_resnet, timm_backbone
 from kd_det.config_file import add_missing_keys, merge_config_file
 from kd_det.student import student_cfg
-from kd_det.weights.checkpoint import load_strictly
+from kd_det.weights.strict import load_strictly
 
 __all__ = ["ExportReport", "export_student"]
 
