@@ -17,7 +17,7 @@ from kd_det.classification.loader import build_test_loader, build_train_loader
 from kd_det.engine.trainer import EVALUATORS, Trainer
 from kd_det.errors import UserError
 from kd_det.student import student_class
-from kd_det.weights.convert import backbone_metadata, backbone_weights, save_backbone
+from kd_det.weights.backbone_file import backbone_metadata, backbone_weights, save_backbone
 
 __all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer", "check_trainer", "is_classifier", "trainer_class"]
 

@@ -25,7 +25,7 @@ from kd_det.engine.stopping import restartable
 from kd_det.engine.trainer import EVALUATORS
 from kd_det.errors import UserError, unknown_name
 from kd_det.random_state import preserved_random_state
-from kd_det.weights.convert import check_normalisation
+from kd_det.weights.backbone_file import check_normalisation
 from kd_det.weights.strict import check_initial_weights, load_strictly
 
 __all__ = ["check_run"]

@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
+from torch import Tensor
 
-__all__ = ["find_weights", "is_remote", "read_checkpoint", "write_aside"]
+__all__ = ["find_weights", "is_remote", "read_checkpoint", "read_weights", "write_aside"]
 
 # What a zoo .pkl is made of: NumPy arrays in plain containers (codecs: how protocol 2 writes bytes).
 _PICKLED_GLOBALS = {
@@ -74,6 +75,20 @@ def read_checkpoint(filename: str) -> dict[str, Any]:
             raise
         raise ValueError(_explain(filename, e)) from e
     return loaded
+
+
+def read_weights(path: str, *, who: str) -> dict[str, Tensor]:
+    """
+    The weights alone of a file that :func:`read_checkpoint` reads, in its order, without the prefix that DDP adds.
+
+    Args:
+        path, who: see :func:`find_weights`.
+
+    Raises:
+        as :func:`find_weights` and :func:`read_checkpoint`.
+    """
+    weights = read_checkpoint(find_weights(path, who=who))["model"]
+    return {name.removeprefix("module."): torch.as_tensor(value) for name, value in weights.items()}
 
 
 def _read_pickle(filename: str) -> dict:
