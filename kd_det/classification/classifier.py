@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd_det.errors import unknown_name
 from kd_det.features.context import valid_mask
 from kd_det.weights.convert import classifier_names
+from kd_det.weights.strict import MisfitError, describe_misfits, misshapen
 
 __all__ = ["ImageClassifier"]
 
@@ -181,11 +182,13 @@ class ImageClassifier(nn.Module):
         for old, new in renamed.items():
             state_dict[prefix + new] = state_dict.pop(prefix + old)
         own = self.state_dict()
-        for key in [name for name in renamed.values() if name in own]:
-            found, expected = tuple(state_dict[prefix + key].shape), tuple(own[key].shape)
-            if found != expected:
-                hint = (
-                    f" The weights classify {found[0]} classes, not {expected[0]}." if key.startswith("linear.") else ""
-                )
-                raise ValueError(f"Weights that do not fit: {key} is {found}, expected {expected}.{hint}")
+        unfit = [
+            misshapen(name, state_dict[prefix + name].shape, own[name].shape)
+            for name in renamed.values()
+            if name in own and state_dict[prefix + name].shape != own[name].shape
+        ]
+        if unfit:
+            classes = state_dict.get(f"{prefix}linear.weight", own["linear.weight"]).shape[0]
+            hint = f"; they classify {classes} classes, not {self.num_classes}" if classes != self.num_classes else ""
+            raise MisfitError(describe_misfits(misshapen=unfit) + hint)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

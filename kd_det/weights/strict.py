@@ -11,7 +11,7 @@ from kd_det.backbones import TimmBackbone
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.files import find_weights
 
-__all__ = ["check_initial_weights", "describe_misfits", "load_strictly", "misshapen"]
+__all__ = ["MisfitError", "check_initial_weights", "describe_misfits", "load_strictly", "misshapen"]
 
 # Keys of older checkpoints that today's models rebuild from their config or do without.
 _REBUILT_KEYS = ("anchor_generator.cell_anchors", "num_batches_tracked")
@@ -23,6 +23,10 @@ _MOST_UNFIT = 0.3
 
 # A convolution of a residual stage, by the names that Detectron2 gives it.
 _STAGE = re.compile(r"\b(res\d)\..*conv\d\.weight$")
+
+
+class MisfitError(ValueError):
+    """Weights that do not fit, found by a model that renames what it loads; see :func:`describe_misfits`."""
 
 
 def describe_misfits(*, most: int = 5, **kinds: Sequence[str]) -> str:
@@ -151,7 +155,10 @@ class _Collector(SafeCheckpointer):
 def _load(model: nn.Module, path: str, who: str) -> tuple[_Collector, dict]:
     find_weights(path, who=who)
     checkpointer = _Collector(model, save_to_disk=False)
-    return checkpointer, checkpointer.load(path)
+    try:
+        return checkpointer, checkpointer.load(path)
+    except MisfitError as e:
+        raise ValueError(f"The weights {path!r} do not fit the {who}: {e}.") from None
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -57,7 +57,8 @@ def test_a_layer_is_inherited_whole_or_not_at_all(caplog, fpn):
     with caplog.at_level(logging.INFO, logger="kd_det.weights.inherit"):
         found = inherit_weights(student, teacher, ["fpn"])
     # Four laterals and four outputs, each of a weight and its norm's weight, bias, mean and variance.
-    assert caplog.records[0].getMessage() == f"KD.INHERIT 'fpn': {len(found.taken)} of 40 weights taken from the teacher."
+    taken = f"{len(found.taken)} of 40 weights taken"
+    assert caplog.records[0].getMessage() == f"KD.INHERIT 'fpn': {taken} from the teacher."
     assert caplog.records[0].levelname == ("INFO" if found.taken else "WARNING")
     outputs = {f"fpn_output{i}" for i in (2, 3, 4, 5)}
     assert {name.split(".")[1] for name in found.taken} == (outputs if fpn == 8 else set())
