@@ -4,6 +4,7 @@ Image classification as a Detectron2 meta-architecture.
 Shapes: N images of a batch, K classes, C channels of the classified feature map.
 """
 
+import contextlib
 from typing import Dict, List, Optional, Sequence
 
 import torch
@@ -135,10 +136,16 @@ class ImageClassifier(nn.Module):
         return [{"scores": scores} for scores in self.logits(batched_inputs).softmax(dim=1)]
 
     def task_losses(self, batched_inputs: List[Dict]) -> Dict[str, Tensor]:
-        """The losses of training, also in eval mode, and differentiable twice. For gradients at the input."""
+        """
+        The losses of training, also in eval mode, and differentiable twice. Without autocast where the images want
+        gradients.
+        """
         targets = self._targets(batched_inputs)
-        logits = self.logits(batched_inputs)
-        return {"loss_cls": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+        # Gradients at the pixels, per grey value, lie below float16's range.
+        full_precision = any(x["image"].requires_grad for x in batched_inputs)
+        with torch.autocast(self.device.type, enabled=False) if full_precision else contextlib.nullcontext():
+            logits = self.logits(batched_inputs)
+            return {"loss_cls": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
 
     def logits(self, batched_inputs: List[Dict]) -> Tensor:
         """(N, K)."""
