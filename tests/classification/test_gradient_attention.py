@@ -83,6 +83,21 @@ def test_only_the_student_gets_gradients_and_the_teacher_stays(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in model.teacher.state_dict().items())
 
 
+def test_float16_autocast_loses_no_gradient_at_the_pixels(tmp_path):
+    """D29: they lie below float16's range, and no scaler is there for them."""
+    model = build_model(distilled_cfg(tmp_path, "GradientAttentionLoss")).train()
+    losses, gradients = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            loss = model(images())["loss_gradient_at"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.student.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0] > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+
+
 def test_a_detector_is_refused():
     student, teacher = build_model(tiny.tiny_cfg()), build_model(tiny.tiny_cfg())
     with pytest.raises(ValueError, match="works for ImageClassifier, and the student is GeneralizedRCNN .ROIAlign"):
