@@ -22,8 +22,9 @@ class _Connector(Conv2d):
         values = x.shape[0] * x.shape[2] * x.shape[3]
         if values == 1 and self.training and isinstance(self.norm, _BatchNorm) and comm.get_world_size() == 1:
             raise ValueError(
-                f"{self.norm_key}: the connector's batch norm has a single value per channel, from one image with a map of "
-                f"1x1. Set {self.norm_key} to GN or '', give larger images or more a batch, or leave the deepest tap out."
+                f"{self.norm_key}: the connector's batch norm has a single value per channel, from one image with a "
+                f"map of 1x1. Set {self.norm_key} to GN or '', give larger images or more a batch, or leave the "
+                f"deepest tap out."
             )
         return super().forward(x)
 

@@ -52,10 +52,6 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
     return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
 
 
-def valid_sizes(image_sizes, canvas, size):
-    return [tuple(-(-side * m // c) for side, m, c in zip(image, size, canvas)) for image in image_sizes]
-
-
 class StepContext:
     """
     What a loss may know of a training step besides the maps: image sizes, valid positions, ground truth, and the
