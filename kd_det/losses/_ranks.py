@@ -59,12 +59,16 @@ def peak_over_ranks(x: Tensor) -> Tensor:
     return peak
 
 
-def share_of_samples(count: int, device: torch.device) -> Tensor:
+def share_of_samples(count: Tensor) -> Tensor:
     """
-    How many times a rank's average number of samples this rank brings, a scalar. The mean over its own samples times
-    this is, averaged over ranks as DDP does, the mean over the samples of all ranks.
+    The factor of this rank's sum over its samples, a scalar: averaged over ranks, as DDP does, the sums times this are
+    the mean over the samples of all ranks.
+
+    Args:
+        count: (), how many samples this rank has.
     """
-    total = torch.tensor(float(count), device=device)
+    total = count.float()
     if comm.get_world_size() > 1:
+        total = total.clone()
         torch.distributed.all_reduce(total)
-    return count * comm.get_world_size() / total.clamp(min=1)
+    return comm.get_world_size() / total.clamp(min=1)

@@ -92,11 +92,10 @@ class BoundedRegressionLoss(DistillationLoss):
         total = 0.0
         for stage, (s, t) in enumerate(pairs):
             targets = context.region_targets(stage)
-            share = share_of_samples(len(targets.deltas), targets.deltas.device)
-            total = total + share * bounded_regression_loss(
-                targets.of_class(s.deltas),
-                targets.of_class(t.deltas) * context.teacher_units(stage).to(t.deltas),
-                targets.deltas,
-                margin=self.margin,
-            )
+            # Background regions are all zeros in the three, and add nothing to the sum.
+            teacher, units = targets.of_class(t.deltas), context.teacher_units(stage)
+            if units != [1.0] * 4:
+                teacher = teacher * teacher.new_tensor(units)
+            mean = bounded_regression_loss(targets.of_class(s.deltas), teacher, targets.deltas, margin=self.margin)
+            total = total + mean * len(targets.deltas) * share_of_samples(targets.foreground.sum())
         return total / len(pairs)

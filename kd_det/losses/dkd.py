@@ -107,8 +107,5 @@ class DKDLoss(LogitLoss):
         pairs = self.logit_pairs(student, teacher, context)
         total = 0.0
         for stage, (s, t) in enumerate(pairs):
-            targets = context.region_targets(stage)
-            labels = torch.full((len(s),), s.shape[1] - 1, device=s.device)
-            labels[targets.index] = targets.classes
-            total = total + dkd_loss(s, t, labels, **self.options)
+            total = total + dkd_loss(s, t, context.region_targets(stage).classes, **self.options)
         return total / len(pairs)

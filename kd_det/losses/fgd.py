@@ -146,7 +146,6 @@ class FGDLoss(ConnectedLoss):
     def __init__(
         self,
         *,
-        teacher_channels: Sequence[int],
         temperature: float = 0.5,
         alpha: float = 5e-5,
         beta: float = 2.5e-5,
@@ -156,15 +155,17 @@ class FGDLoss(ConnectedLoss):
     ):
         """
         Args:
-            teacher_channels: one number a tap.
             temperature, alpha, beta, gamma: see :func:`fgd_loss`.
             relation: lambda, the weight of the global relation.
             kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(teacher_channels=teacher_channels, **kwargs)
+        super().__init__(**kwargs)
         self.options = {"temperature": temperature, "alpha": alpha, "beta": beta, "gamma": gamma}
         fgd_loss(NO_IMAGES, NO_IMAGES, (), (1, 1), **self.options)  # checks the options
         self.relation = relation
+
+    def build(self, student_channels, teacher_channels):
+        super().build(student_channels, teacher_channels)
         self.student_contexts, self.teacher_contexts = (
             nn.ModuleList(_GlobalContext(channels) for channels in teacher_channels) for _ in range(2)
         )
