@@ -56,6 +56,10 @@ def add_kd_config(cfg: CN) -> None:
     # A loss that is not finite: "stop" the run, or "skip" the step and count it. Either way the batch is written to
     # OUTPUT_DIR/non_finite. Read by kd_det.engine.Trainer.
     cfg.KD.NON_FINITE = "stop"
+    # Precision of SOLVER.AMP on a GPU: "float16", with scaled gradients, or "bfloat16"; the CPU takes bfloat16.
+    cfg.KD.AMP_PRECISION = "float16"
+    # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
+    cfg.KD.RESUME_SOLVER = "checkpoint"
 
     cfg.KD.STUDENT = CN()
     # The student's own meta-architecture, as MODEL.META_ARCHITECTURE would name it without distillation.
