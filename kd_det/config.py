@@ -68,6 +68,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER.WEIGHTS = ""
     # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10].
     cfg.KD.TEACHER.OPTS = []
+    # Of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for half the
+    # memory and, on a GPU, less time. The losses are computed in float32 in any case.
+    cfg.KD.TEACHER.DTYPE = "float32"
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
     node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"))
@@ -132,7 +135,8 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""
 
-    # CWD, channel-wise distillation (arXiv 2011.13256). Weight and levels are MMRazor's for Faster R-CNN, R-101 to R-50.
+    # CWD, channel-wise distillation (arXiv 2011.13256). Weight and levels are MMRazor's for Faster R-CNN, R-101 to
+    # R-50.
     node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5", "p6"))
     # T: each channel's softmax over positions is taken at features / T.
     node.TEMPERATURE = 1.0
@@ -168,8 +172,8 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind each convolution of the fusion; "": none.
     node.CONNECTOR_NORM = "BN"
 
-    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions. All four are the published ones for
-    # Faster R-CNN.
+    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions. Weight and options are the
+    # published ones for Faster R-CNN.
     node = add_loss_config(cfg, "DKD", weight=1.0)
     # alpha and beta of Eq. 7, weights of the label's part and of the other classes'. Classifiers take 1, and 0.5 to 8.
     node.ALPHA = 1.0
@@ -186,8 +190,8 @@ def add_kd_config(cfg: CN) -> None:
     # T of the softmaxes.
     node.TEMPERATURE = 1.0
 
-    # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2, for which the paper gives no
-    # number: this one is ours. Taps are read two by two, each pair is one flow.
+    # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2, for which the paper gives
+    # no number: this one is ours. Taps are read two by two, each pair is one flow.
     node = add_loss_config(cfg, "FSP", weight=1e-5, taps=("res2", "res3", "res3", "res4", "res4", "res5"))
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""

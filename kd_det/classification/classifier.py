@@ -101,13 +101,6 @@ class ImageClassifier(nn.Module):
         }
 
     @staticmethod
-    def first_training_batches(cfg: CfgNode, num_images: int):
-        """What the Distiller calibrates margins on."""
-        from kd_det.classification.mapper import first_training_batches
-
-        return first_training_batches(cfg, num_images)
-
-    @staticmethod
     def configure_teacher(teacher_cfg: CfgNode, name: str) -> None:
         """How a network of another library teaches a classifier: whole, with its logits."""
         from kd_det.classification.networks import configure_network

@@ -158,7 +158,10 @@ def _check_model(cfg: CfgNode) -> nn.Module:
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
     with preserved_random_state(), _naming("the model of this config"):
-        return build_model(on_cpu)
+        model = build_model(on_cpu)
+    if getattr(model, "missing_teacher", None) is not None:
+        raise model.missing_teacher
+    return model
 
 
 def _check_input(cfg: CfgNode, *, is_train: bool) -> None:

@@ -77,9 +77,7 @@ def _without_padding(maps: Maps) -> Tuple[Tensor, Tensor]:
     return maps.student.masked_fill(maps.invalid, 0), maps.teacher.masked_fill(maps.invalid, 0)
 
 
-def _focal(
-    student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float
-) -> Tensor:
+def _focal(student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float) -> Tensor:
     """
     Args:
         student, teacher: those of ``maps``, 0 where it holds no image.
@@ -171,7 +169,6 @@ class FGDLoss(ConnectedLoss):
     def __init__(
         self,
         *,
-        teacher_channels: Sequence[int],
         temperature: float = 0.5,
         alpha: float = 5e-5,
         beta: float = 2.5e-5,
@@ -181,15 +178,17 @@ class FGDLoss(ConnectedLoss):
     ):
         """
         Args:
-            teacher_channels: one number a tap.
             temperature, alpha, beta, gamma: see :func:`fgd_loss`.
             relation: lambda, the weight of the global relation.
             kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(teacher_channels=teacher_channels, **kwargs)
+        super().__init__(**kwargs)
         self.options = {"temperature": temperature, "alpha": alpha, "beta": beta, "gamma": gamma}
         fgd_loss(NO_IMAGES, NO_IMAGES, (), (1, 1), **self.options)  # checks the options
         self.relation = relation
+
+    def build(self, student_channels, teacher_channels):
+        super().build(student_channels, teacher_channels)
         self.student_contexts, self.teacher_contexts = (
             nn.ModuleList(_GlobalContext(channels) for channels in teacher_channels) for _ in range(2)
         )
@@ -203,10 +202,8 @@ class FGDLoss(ConnectedLoss):
 
     def forward(self, student, teacher, context):
         boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
-        levels = [
-            match_maps("FGDLoss", connector(s), t, valid, same_channels=True)
-            for connector, (s, t, valid) in zip(self.connectors, self.pairs(student, teacher, context))
-        ]
+        pairs = self.connected_pairs(student, teacher, context)
+        levels = [match_maps("FGDLoss", *pair, same_channels=True) for pair in pairs]
         if levels[0].empty:
             return sum(zero_loss(maps.student) for maps in levels)
         return self._sum_of_levels(levels, self._weights(levels, boxes, context))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kd_det.features.connectors import build_connector
 from kd_det.features.context import valid_sizes
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.connected import ConnectedLoss
 
 __all__ = ["ReviewKDLoss", "hierarchical_context_loss"]
 
@@ -134,10 +135,10 @@ class _Fusion(nn.Module):
     position by position.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, mid_channels: int, *, norm: str, deepest: bool):
+    def __init__(self, student_channels: int, teacher_channels: int, mid_channels: int, *, deepest: bool, **connector):
         super().__init__()
-        self.reduce = build_connector(student_channels, mid_channels, norm=norm)
-        self.expand = build_connector(mid_channels, teacher_channels, norm=norm, kernel_size=3)
+        self.reduce = build_connector(student_channels, mid_channels, **connector)
+        self.expand = build_connector(mid_channels, teacher_channels, kernel_size=3, **connector)
         self.attention = None if deepest else Conv2d(2 * mid_channels, 2, kernel_size=1)
 
     def forward(self, x: Tensor, deeper: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ class _Fusion(nn.Module):
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class ReviewKDLoss(DistillationLoss):
+class ReviewKDLoss(ConnectedLoss):
     """
     :func:`hierarchical_context_loss` after the review: each level of the student is fused with its deeper ones before
     it is compared. Taps go from shallow to deep.
@@ -170,25 +171,25 @@ class ReviewKDLoss(DistillationLoss):
     def __init__(
         self,
         *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
         mid_channels: int = 256,
         connector_norm: str = "BN",
         **kwargs,
     ):
         """
         Args:
-            student_channels, teacher_channels: one number a tap.
             mid_channels: of the fused maps.
             connector_norm: a norm of Detectron2 behind each convolution; "": none.
-            kwargs: see :class:`DistillationLoss`.
+            kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(**kwargs)
         if mid_channels < 1:
             raise ValueError(f"ReviewKDLoss: mid_channels must be at least 1, found {mid_channels}.")
+        object.__setattr__(self, "mid_channels", mid_channels)
+        super().__init__(connector_norm=connector_norm, **kwargs)
+
+    def build(self, student_channels, teacher_channels):
         deepest = len(self.student_taps) - 1
         self.fusions = nn.ModuleList(
-            _Fusion(cs, ct, mid_channels, norm=connector_norm, deepest=level == deepest)
+            _Fusion(cs, ct, self.mid_channels, deepest=level == deepest, **self.connector_options)
             for level, (cs, ct) in enumerate(zip(student_channels, teacher_channels))
         )
 
@@ -196,12 +197,7 @@ class ReviewKDLoss(DistillationLoss):
     def from_config(cls, cfg, student, teacher):
         ret = super().from_config(cfg, student, teacher)
         node = cfg.KD.REVIEW_KD
-        return {
-            **ret,
-            **tap_channels(ret, student, teacher),
-            "mid_channels": node.MID_CHANNELS,
-            "connector_norm": node.CONNECTOR_NORM,
-        }
+        return {**ret, "mid_channels": node.MID_CHANNELS}
 
     def forward(self, student, teacher, context):
         pairs = self.pairs(student, teacher, context)

@@ -111,7 +111,6 @@ ALL = ("NSTLoss", "AttentionTransferLoss", "OverhaulLoss", "SimilarityLoss", "Hi
 def test_every_loss_teaches_a_classifier(tmp_path, losses):
     cfg = distilled_cfg(tmp_path, *losses, KD__OVERHAUL__CALIBRATION_IMAGES=4)
     model = build_model(cfg).train()
-    model._calibration_batches = None  # the first batch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     values = []
     for _ in range(12):

@@ -64,8 +64,6 @@ def test_each_config_trains_a_step(path, weights, monkeypatch):
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         cfg.KD.TEACHER.WEIGHTS = weights(cfg)
     model = build_model(cfg).train()
-    if cfg.KD.LOSSES:
-        model._calibration_batches = None  # the step's own images
     with EventStorage(), torch.autocast("cpu", enabled=False):
         losses = model(images(2, size=64))
     names = {loss_class(name).name for name in cfg.KD.LOSSES}

@@ -78,7 +78,6 @@ LOSSES = ("NSTLoss", "AttentionTransferLoss", "OverhaulLoss", "SimilarityLoss", 
 def test_autocast_changes_roundings_only(tmp_path):
     cfg = distilled_cfg(tmp_path, *LOSSES, "GradientAttentionLoss")
     model = build_model(cfg).train()
-    model._calibration_batches = None
     model(images())  # calibrates the margins
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
