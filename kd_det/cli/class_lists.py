@@ -7,17 +7,13 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from kd_det.errors import UserError
-from kd_det.losses.bounded_regression import BoundedRegressionLoss
 from kd_det.losses.build import enabled_loss_classes
-from kd_det.losses.logits import LogitLoss
 from kd_det.student import student_class
 from kd_det.teachers.build import get_teacher_cfg
 
 __all__ = ["check_class_lists"]
 
 logger = logging.getLogger(__name__)
-
-_COMPARE_CLASSES = (LogitLoss, BoundedRegressionLoss)
 
 
 def check_class_lists(cfg: CfgNode, found: Mapping[str, Sequence[str]]) -> None:
@@ -52,7 +48,7 @@ def check_class_lists(cfg: CfgNode, found: Mapping[str, Sequence[str]]) -> None:
 
 
 def _check_teacher(cfg: CfgNode, name: str, classes: list[str]) -> None:
-    losses = [cls.__name__ for cls in enabled_loss_classes(cfg) if issubclass(cls, _COMPARE_CLASSES)]
+    losses = [cls.__name__ for cls in enabled_loss_classes(cfg) if cls.compares_classes]
     if not losses:
         return
     for taught_on in get_teacher_cfg(cfg).DATASETS.TRAIN:
