@@ -91,20 +91,7 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[ClassificationMapper] = No
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Every image of a data set once, over all processes; with persistent workers, one loader for all evaluations."""
-    if not (cfg.DATALOADER.NUM_WORKERS and cfg.CLASSIFICATION.PERSISTENT_WORKERS):
-        return _test_loader(cfg, dataset_name)
-    key = (dataset_name, cfg.dump())
-    if key not in _persistent_loaders:
-        _persistent_loaders.clear()  # ends the workers of an earlier run
-        _persistent_loaders[key] = _test_loader(cfg, dataset_name)
-    return _persistent_loaders[key]
-
-
-_persistent_loaders: Dict[tuple, DataLoader] = {}
-
-
-def _test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Every image of a data set once, over all processes."""
     dicts = DatasetFromList(load_dataset([dataset_name]), copy=False)
     return DataLoader(
         _Mapped(dicts, build_mapper(cfg, is_train=False)),

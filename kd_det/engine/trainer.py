@@ -23,7 +23,8 @@ from kd_det.engine.step import PRECISIONS, TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
 from kd_det.errors import UserError, one_line, unknown_name
 from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
-from kd_det.weights.checkpoint import SafeCheckpointer, load_strictly
+from kd_det.weights.checkpoint import SafeCheckpointer
+from kd_det.weights.strict import load_strictly
 
 __all__ = ["EVALUATORS", "Trainer", "evaluate"]
 

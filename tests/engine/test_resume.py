@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kd_det.weights.checkpoint
+import kd_det.weights.files
 from kd_det import student_cfg
 from kd_det.engine import RESUMABLE, Trainer
 from kd_det.engine.stopping import restartable
@@ -109,7 +110,7 @@ def kill_at_random(cfg, seed: int):
     rng = random.Random(seed)
     steps, delay = rng.randrange(3), rng.random() * 0.08
     if seed % 2:
-        kd_det.weights.checkpoint.os = _Killing(victim=rng.randrange(1, 5), before=rng.random() < 0.5)
+        kd_det.weights.files.os = _Killing(victim=rng.randrange(1, 5), before=rng.random() < 0.5)
         delay = 10
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -226,13 +227,13 @@ def stopped_in_a_save(cfg):
         def test(cls, cfg, model, evaluators=None):
             raise AssertionError("it went on to the evaluation")
 
-    write = kd_det.weights.checkpoint._write_aside
+    write = kd_det.weights.checkpoint.write_aside
 
     def write_and_be_asked(path, content):
         os.kill(os.getpid(), signal.SIGTERM)
         write(path, content)
 
-    kd_det.weights.checkpoint._write_aside = write_and_be_asked
+    kd_det.weights.checkpoint.write_aside = write_and_be_asked
     train(cfg, trainer_class=Asked)
 
 
