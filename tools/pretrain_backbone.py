@@ -55,7 +55,7 @@ def check_and_launch(args):
     cfg = setup(args)
     check_trainer(cfg, ClassificationTrainer)
     check_run(cfg, args)
-    launch(main, args)
+    launch(main, args, cfg)
 
 
 def get_parser():

@@ -30,7 +30,7 @@ def check_and_launch(args):
     cfg = load_config(args)
     check_trainer(cfg, Trainer)
     check_run(cfg, args)
-    launch(main, args)
+    launch(main, args, cfg)
 
 
 if __name__ == "__main__":
