@@ -262,7 +262,7 @@ def _indices_of_levels(name: str, network: nn.Module, out_features: Sequence[str
     if missing or not out_features:
         raise ValueError(
             f"timm's {name!r} gives maps of stride {info.reduction()}, that is the levels "
-            f"{[level for level in given if level]}; MODEL.TIMM.OUT_FEATURES asks for {list(out_features)}."
+            f"{[level for level in given if level]}; MODEL.TIMM.OUT_FEATURES names {list(out_features)}."
         )
     return {level: given[level] for level in out_features}
 
