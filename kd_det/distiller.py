@@ -103,14 +103,17 @@ class Distiller(nn.Module):
         self._warned_of_frozen_taps = False
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict:
+    def from_config(
+        cls, cfg: CfgNode, student: Optional[nn.Module] = None, teacher: Optional[nn.Module] = None
+    ) -> Dict:
+        """``student`` and ``teacher``: the config's, where they are built already."""
         check_kd_config(cfg.KD)
-        student = build_student(cfg)
+        student = student or build_student(cfg)
         ret = {"student": student, "input_format": cfg.INPUT.FORMAT}
         if enabled_loss_classes(cfg) or cfg.KD.INHERIT:
             # What distillation draws at random must not shift what training draws after it.
             with preserved_random_state():
-                ret["teacher"] = build_teacher(cfg)
+                ret["teacher"] = teacher or build_teacher(cfg)
                 inherit_weights(student, ret["teacher"], cfg.KD.INHERIT)
                 ret["losses"] = build_losses(cfg, student, ret["teacher"])
             batches = getattr(student, "first_training_batches", first_training_batches)

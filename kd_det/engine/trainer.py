@@ -6,7 +6,6 @@ import warnings
 import weakref
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
@@ -15,8 +14,8 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_det.data import DatasetError
-from kd_det.engine.evaluation import COCOEvaluator
+from kd_det.data import DatasetError, evaluator_type
+from kd_det.engine.evaluation import COCOEvaluator, test_with_augmentation
 from kd_det.engine.loader import build_train_loader
 from kd_det.engine.step import TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
@@ -30,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 # By the ``evaluator_type`` of a data set's metadata.
 EVALUATORS = {
-    "coco": lambda name, output_dir: COCOEvaluator(name, output_dir=output_dir),
-    "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
+    "coco": lambda cfg, name, output_dir: COCOEvaluator(
+        name, output_dir=output_dir, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    ),
+    "pascal_voc": lambda cfg, name, output_dir: PascalVOCDetectionEvaluator(name),
 }
 
 
@@ -155,17 +156,19 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """
-        The evaluator of the data set's ``evaluator_type``.
+        The evaluator of the data set's ``evaluator_type``; ``output_folder``: default ``OUTPUT_DIR/inference``.
 
         Raises:
             ValueError: no evaluator of that type.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        kind = evaluator_type(dataset_name)
         if kind not in EVALUATORS:
             raise ValueError(f"data set {dataset_name!r}: {unknown_name('evaluator_type', kind, EVALUATORS)}")
-        return EVALUATORS[kind](dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return EVALUATORS[kind](cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
@@ -195,7 +198,10 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
     if resume and checkpointer.has_checkpoint():
         weights = checkpointer.get_checkpoint_file()
     load_strictly(model, weights, who="student")
-    return trainer_class.test(cfg, model)
+    results = trainer_class.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(test_with_augmentation(cfg, model, trainer_class))
+    return results
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
