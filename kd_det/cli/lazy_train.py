@@ -25,7 +25,8 @@ from kd_det.cli.run_tool import run_tool
 from kd_det.cli.summary import distillation_summary
 from kd_det.engine.step import TrainStep
 from kd_det.errors import UserError
-from kd_det.weights.checkpoint import SafeCheckpointer, load_strictly
+from kd_det.weights.checkpoint import SafeCheckpointer
+from kd_det.weights.strict import load_strictly
 
 __all__ = ["main"]
 

@@ -13,7 +13,6 @@ from kd_det.losses.dist import DISTLoss, dist_loss
 from kd_det.losses.dkd import DKDLoss, dkd_loss
 from kd_det.losses.fgd import FGDLoss, fgd_loss
 from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
-from kd_det.losses.gradient_attention import GradientAttentionLoss
 from kd_det.losses.hint import HintLoss, hint_loss
 from kd_det.losses.mgd import MGDLoss, mgd_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
@@ -33,7 +32,6 @@ __all__ = [
     "DistillationLoss",
     "FGDLoss",
     "FSPLoss",
-    "GradientAttentionLoss",
     "HintLoss",
     "MGDLoss",
     "NSTLoss",

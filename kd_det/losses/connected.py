@@ -23,20 +23,37 @@ class ConnectedLoss(DistillationLoss):
 
     @configurable
     def __init__(
-        self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], connector_norm: str = "", **kwargs
+        self,
+        *,
+        student_channels: Sequence[int] | None = None,
+        teacher_channels: Sequence[int] | None = None,
+        connector_norm: str = "",
+        **kwargs,
     ):
         """
         Args:
-            student_channels, teacher_channels: one number a tap.
+            student_channels, teacher_channels: one number a tap; None: read from the networks by the Distiller.
             connector_norm: a norm of Detectron2 behind each 1x1 convolution; "": none.
             kwargs: see :class:`DistillationLoss`.
         """
         super().__init__(**kwargs)
-        build = build_connectors if self.connects_equal_channels else connect_where_different
-        self.connectors = build(student_channels, teacher_channels, norm=connector_norm)
+        self.connector_norm = connector_norm
+        self._is_built = student_channels is not None and teacher_channels is not None
+        if self._is_built:
+            self.build(student_channels, teacher_channels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> dict:
-        ret = super().from_config(cfg, student, teacher)
         node = cfg.KD[cls.name.upper()]
-        return {**ret, **tap_channels(ret, student, teacher), "connector_norm": node.CONNECTOR_NORM}
+        return {**super().from_config(cfg, student, teacher), "connector_norm": node.CONNECTOR_NORM}
+
+    def build(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
+        """Build every module whose size depends on the channels at the taps. Subclasses extend it."""
+        build = build_connectors if self.connects_equal_channels else connect_where_different
+        self.connectors = build(student_channels, teacher_channels, norm=self.connector_norm)
+
+    def connect(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().connect(student, teacher)
+        if not self._is_built:
+            self.build(*tap_channels(self, student, teacher))
+            self._is_built = True

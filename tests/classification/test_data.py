@@ -13,7 +13,7 @@ from kd_det.classification.data import (
     register_image_folder,
 )
 from kd_det.classification.loader import MixedBatches, build_test_loader, build_train_loader
-from kd_det.classification.mapper import build_mapper, build_transform, first_training_batches
+from kd_det.classification.mapper import build_mapper, build_transform
 from kd_det.data import DatasetError
 from tests.classification.tiny_classifier import classifier_cfg, write_folder
 
@@ -222,9 +222,3 @@ def test_mixing_goes_on_where_it_was(folder):
     assert all(
         torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"]) for a, b in zip(third, again)
     )
-
-
-def test_calibration_sees_all_classes(folder):
-    cfg = classifier_cfg(DATASETS__TRAIN=(folder,))
-    batches = list(first_training_batches(cfg, 4, batch_size=3))
-    assert [x["label"] for batch in batches for x in batch] == [0, 1, 2, 3]

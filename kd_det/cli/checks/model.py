@@ -12,9 +12,8 @@ from kd_det.errors import IMPORT_HINT, UserError, unknown_name
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers import build_teacher
-from kd_det.weights.checkpoint import SafeCheckpointer, find_weights, load_strictly
-from kd_det.weights.convert import check_normalisation
-from kd_det.weights.initial import check_initial_weights
+from kd_det.weights.backbone_file import check_normalisation
+from kd_det.weights.strict import check_initial_weights, load_strictly
 
 __all__ = ["check_model", "check_norms", "check_weights"]
 
@@ -37,6 +36,9 @@ def check_model(run: PlannedRun) -> None:
     with preserved_random_state(), naming("the model of this config"):
         if not losses_to_choose(run.args):
             run.model = build_model(on_cpu)
+            missing = getattr(run.model, "missing_teacher", None)
+            if missing is not None and run.trains:
+                raise missing
             return
         networks = {"student": build_student(on_cpu), "teacher": build_teacher(on_cpu)}
         chosen = choose_losses(cfg, **networks, opts=run.args.opts)
@@ -57,12 +59,7 @@ def check_norms(run: PlannedRun) -> None:
 
 def check_weights(run: PlannedRun) -> None:
     path, who = run.cfg.MODEL.WEIGHTS, "student (MODEL.WEIGHTS)"
-    if not path:
+    if not path or (run.args.resume and not run.trains):
         return
-    local = find_weights(path, who=who)
-    if run.trains:
-        check_initial_weights(run.student, path, who=who)
-    elif not run.args.resume:
-        load_strictly(run.model, path, who=who)
-    if local.endswith(".pkl"):
-        check_normalisation(SafeCheckpointer(nn.Identity(), save_to_disk=False)._load_file(local), run.cfg)
+    check = check_initial_weights if run.trains else load_strictly
+    check_normalisation(check(run.student, path, who=who), run.cfg)
