@@ -1,4 +1,4 @@
-"""Whether weights fit a model: exactly, or well enough to start its backbone from them; and one wording for those that do not."""
+"""Whether weights fit a model: exactly, or well enough to start its backbone from them; and how misfits are worded."""
 
 import logging
 import re
