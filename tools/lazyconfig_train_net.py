@@ -21,7 +21,8 @@ from kd_det import Distiller
 from kd_det.cli import launch, run_tool
 from kd_det.engine.step import TrainStep
 from kd_det.errors import one_line
-from kd_det.weights.checkpoint import SafeCheckpointer, load_strictly
+from kd_det.weights.checkpoint import SafeCheckpointer
+from kd_det.weights.strict import load_strictly
 
 KEYS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 

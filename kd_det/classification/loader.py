@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from kd_det.classification.data import load_dataset
 from kd_det.classification.mapper import ClassificationMapper, build_mapper, readable
-from kd_det.engine.loader import ResumableLoader
+from kd_det.engine.loader import ResumableLoader, images_per_process
 from kd_det.random_state import preserved_random_state, seed_everything
 
 __all__ = ["MixedBatches", "build_test_loader", "build_train_loader"]
@@ -74,20 +74,16 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[ClassificationMapper] = No
     """
     node = cfg.CLASSIFICATION
     images = DatasetFromList(load_dataset(cfg.DATASETS.TRAIN), copy=False)
-    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
-    if rest or batch_size < 1:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images of all processes together) must be a multiple of "
-            f"the number of processes, {comm.get_world_size()}."
-        )
+    options = _workers(cfg)
+    options.pop("persistent_workers", None)  # of workers that one endless iteration keeps anyway
     loader = ResumableLoader(
         images,
         mapper or build_mapper(cfg, is_train=True),
         functools.partial(TrainingSampler, len(images)),  # seeded by the loader
-        batch_size=batch_size,
+        batch_size=images_per_process(cfg),
         aspect_ratio_grouping=False,
         seed=comm.shared_random_seed(),
-        **_workers(cfg),
+        **options,
     )
     if node.AUG.MIXUP or node.AUG.CUTMIX:
         return MixedBatches(loader, node.NUM_CLASSES, mixup=node.AUG.MIXUP, cutmix=node.AUG.CUTMIX)
@@ -95,20 +91,7 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[ClassificationMapper] = No
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Every image of a data set once, over all processes; with persistent workers, one loader for all evaluations."""
-    if not (cfg.DATALOADER.NUM_WORKERS and cfg.CLASSIFICATION.PERSISTENT_WORKERS):
-        return _test_loader(cfg, dataset_name)
-    key = (dataset_name, cfg.dump())
-    if key not in _persistent_loaders:
-        _persistent_loaders.clear()  # ends the workers of an earlier run
-        _persistent_loaders[key] = _test_loader(cfg, dataset_name)
-    return _persistent_loaders[key]
-
-
-_persistent_loaders: Dict[tuple, DataLoader] = {}
-
-
-def _test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Every image of a data set once, over all processes."""
     dicts = DatasetFromList(load_dataset([dataset_name]), copy=False)
     return DataLoader(
         _Mapped(dicts, build_mapper(cfg, is_train=False)),

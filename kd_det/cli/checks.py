@@ -25,9 +25,8 @@ from kd_det.engine.stopping import restartable
 from kd_det.engine.trainer import EVALUATORS
 from kd_det.errors import UserError, unknown_name
 from kd_det.random_state import preserved_random_state
-from kd_det.weights.checkpoint import SafeCheckpointer, find_weights, load_strictly
-from kd_det.weights.convert import check_normalisation
-from kd_det.weights.initial import check_initial_weights
+from kd_det.weights.backbone_file import check_normalisation
+from kd_det.weights.strict import check_initial_weights, load_strictly
 
 __all__ = ["check_run"]
 
@@ -60,15 +59,10 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     model = _check_model(cfg)
     if not cfg.MODEL.DEVICE.startswith("cuda") and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UserError("the norm 'SyncBN' runs on GPUs only; on the CPU take 'naiveSyncBN'")
-    if cfg.MODEL.WEIGHTS:
-        who = "student (MODEL.WEIGHTS)"
-        weights = find_weights(cfg.MODEL.WEIGHTS, who=who)
-        if not args.eval_only:
-            check_initial_weights(getattr(model, "student", model), cfg.MODEL.WEIGHTS, who=who)
-        elif not args.resume:
-            load_strictly(model, cfg.MODEL.WEIGHTS, who=who)
-        if weights.endswith(".pkl"):
-            check_normalisation(SafeCheckpointer(torch.nn.Identity(), save_to_disk=False)._load_file(weights), cfg)
+    if cfg.MODEL.WEIGHTS and not (args.eval_only and args.resume):
+        check = load_strictly if args.eval_only else check_initial_weights
+        content = check(getattr(model, "student", model), cfg.MODEL.WEIGHTS, who="student (MODEL.WEIGHTS)")
+        check_normalisation(content, cfg)
     training_sets = [] if args.eval_only else list(cfg.DATASETS.TRAIN)
     if is_classifier(cfg):
         check_input(cfg)

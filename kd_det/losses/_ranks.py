@@ -1,74 +1,65 @@
-"""Losses that compare samples with each other compare those of all ranks: a large batch may be split over GPUs."""
+"""What losses exchange between ranks, so that a batch split over GPUs has the loss that one GPU would compute."""
+
+from typing import List, Union
 
 import torch
+import torch.distributed as dist
 from detectron2.utils import comm
-from fvcore.nn.distributed import differentiable_all_reduce
+from fvcore.nn.distributed import differentiable_all_gather, differentiable_all_reduce
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-__all__ = ["gather_samples", "mean_over_ranks", "peak_over_ranks", "share_of_samples"]
+__all__ = ["gather_samples", "max_over_ranks", "share_of_samples", "sum_over_ranks"]
 
 
-class _AllGather(Function):
+def gather_samples(*samples: Tensor) -> List[Tensor]:
     """
-    The samples of all ranks, rank by rank. Every rank computes the same loss of them, and DDP averages gradients over
-    ranks; so the local samples' gradient is multiplied by the number of ranks, to end as that of one large batch.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        gathered = [torch.empty_like(x) for _ in range(comm.get_world_size())]
-        torch.distributed.all_gather(gathered, x.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.chunk(comm.get_world_size())[comm.get_rank()] * comm.get_world_size()
-
-
-def gather_samples(samples: Tensor) -> Tensor:
-    """
-    The samples of all ranks along the first axis, with gradients to the local ones.
+    Each tensor's samples of all ranks along the first axis, with gradients to the local ones. If every rank computes
+    the same loss from them, DDP's average over ranks is the gradient of one large batch.
 
     Args:
-        samples: (b, ...); b may differ from rank to rank.
+        samples: each (b, ...); b may differ between ranks. All ranks must pass as many tensors, of equal trailing
+            shapes.
     """
     if comm.get_world_size() == 1:
-        return samples
-    counts = comm.all_gather(len(samples))
-    padded = torch.cat([samples, samples.new_zeros(max(counts) - len(samples), *samples.shape[1:])])
-    chunks = _AllGather.apply(padded).chunk(len(counts))
-    return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts)])
+        return list(samples)
+    own = torch.stack([torch.full((), len(x), device=x.device) for x in samples])
+    counts = [torch.empty_like(own) for _ in range(comm.get_world_size())]
+    dist.all_gather(counts, own)
+    counts = torch.stack(counts, dim=1).tolist()  # the only wait for the device
+    gathered = []
+    for x, count in zip(samples, counts):
+        padded = torch.cat([x, x.new_zeros(max(count) - len(x), *x.shape[1:])])
+        ranks = differentiable_all_gather(padded)
+        gathered.append(torch.cat([rank[:n] for rank, n in zip(ranks, count)]))
+    return gathered
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of (C, P) over P and over all ranks, (C, 1), with its gradient; P may differ from rank to rank."""
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of equally shaped tensors of all ranks, with its gradient."""
     if comm.get_world_size() == 1:
-        return x.mean(1, keepdim=True)
-    sums = differentiable_all_reduce(torch.cat([x.sum(1), x.new_tensor([x.shape[1]])]))
-    return sums[:-1, None] / sums[-1]
+        return x
+    # The backward reduces the gradient in place, so it must not be an expanded one, nor another operation's.
+    return differentiable_all_reduce(x.contiguous()) * 1
 
 
-def peak_over_ranks(x: Tensor) -> Tensor:
-    """The largest magnitude in (C, P) over P and over all ranks, (C, 1), without gradient."""
-    peak = x.detach().abs().amax(1, keepdim=True)
+def max_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise maximum of equally shaped tensors of all ranks, in place, without gradient."""
     if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-    return peak
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
 
 
-def share_of_samples(count: Tensor) -> Tensor:
+def share_of_samples(count: Union[int, Tensor], device: torch.device) -> Union[float, Tensor]:
     """
-    The factor of this rank's sum over its samples, a scalar: averaged over ranks, as DDP does, the sums times this are
-    the mean over the samples of all ranks.
+    This rank's number of samples, divided by the average of all ranks. The mean over a rank's own samples times this
+    is, averaged over ranks as DDP does, the mean over the samples of all ranks.
 
     Args:
-        count: (), how many samples this rank has.
+        count: how many samples this rank has; a scalar tensor where only the device knows it.
+        device: of the samples.
     """
-    total = count.float()
-    if comm.get_world_size() > 1:
-        total = total.clone()
-        torch.distributed.all_reduce(total)
-    return comm.get_world_size() / total.clamp(min=1)
+    if comm.get_world_size() == 1:
+        return 1.0
+    total = count.float().clone() if isinstance(count, Tensor) else torch.full((), float(count), device=device)
+    dist.all_reduce(total)
+    return count * comm.get_world_size() / total.clamp(min=1)

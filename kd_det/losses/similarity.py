@@ -5,12 +5,10 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.utils import comm
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from kd_det.losses._products import self_product
+from kd_det.losses._products import SelfProduct
 from kd_det.losses._ranks import gather_samples
-from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
+from kd_det.losses._spatial import full_precision, to_float, unit_rows, within_range, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
 
 __all__ = ["SimilarityLoss", "similarity_preserving_loss"]
@@ -45,33 +43,12 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _similarity(samples: Tensor) -> Tensor:
-    samples = samples.flatten(1) if samples.dim() > 1 else samples[:, None]
-    gram = _SelfProduct.apply(samples)
-    squares = gram.detach().diagonal()
-    if not 1e-24 < squares.max() < 1e30:
-        # The products left float32's range. One common factor of all samples does not change the similarities.
-        peak = samples.detach().abs().max()
-        samples = samples / torch.where(peak > torch.finfo(samples.dtype).tiny, peak, 1)
-        gram = _SelfProduct.apply(samples)
-        squares = gram.detach().diagonal()
-    alive = (squares > 0).to(gram.dtype)
-    return unit_rows(gram * alive * alive[:, None])
-
-
-class _SelfProduct(Function):
-    """``x x^T`` for (b, d): half the entries forward, and backward one product where that of ``x @ x.T`` takes two."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return self_product(x[None])[0]
-
-    @staticmethod
-    @once_differentiable
-    @full_precision
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad + grad.T) @ x
+    """(b, b): the Gram of the samples, its rows divided by their L2 norm; 0 with a sample that is all zeros."""
+    samples = samples.reshape(1, len(samples), -1)
+    # One factor common to all samples does not change the similarities.
+    gram, _ = within_range(SelfProduct.apply, lambda gram: gram.diagonal(dim1=1, dim2=2).amax(), (0, 1, 2), samples)
+    alive = gram.detach().diagonal(dim1=1, dim2=2) > 0
+    return unit_rows(gram * (alive[:, None] & alive[:, :, None]))
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
@@ -126,17 +103,17 @@ class SimilarityLoss(DistillationLoss):
 
     def forward(self, student, teacher, context):
         if self.needs_regions:
-            images = sum(comm.all_gather(len(context.image_sizes)))
+            images = len(context.image_sizes) * comm.get_world_size()
             pairs = context.region_pairs()
             total = 0.0
             for stage, outputs in enumerate(pairs):
                 first = context.first_regions(stage, max(1, self.max_regions // images))
-                s, t = (gather_samples(output.features[first]) for output in outputs)
+                s, t = gather_samples(*(output.features[first] for output in outputs))
                 total = total + similarity_preserving_loss(s, t)
             return total / len(pairs)
         total = 0.0
         for s, t, _ in self.pairs(student, teacher, context):
-            s, t = gather_samples(self._to_grid(s, context)), gather_samples(self._to_grid(t, context))
+            s, t = gather_samples(self._to_grid(s, context), self._to_grid(t, context))
             if len(s) < 2:
                 raise ValueError("SimilarityLoss over images needs at least 2 images in the global batch, found 1.")
             total = total + similarity_preserving_loss(s, t)

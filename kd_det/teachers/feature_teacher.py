@@ -19,6 +19,7 @@ from kd_det.backbones.timm_backbone import flat_key, timm_feature_network, timm_
 from kd_det.errors import unknown_name
 from kd_det.random_state import preserved_random_state
 from kd_det.teachers.networks import NETWORK_SOURCES
+from kd_det.weights.strict import MisfitError, describe_misfits, misshapen
 
 __all__ = ["FeatureTeacher", "configure_feature_teacher", "torchvision_teacher"]
 
@@ -169,16 +170,16 @@ class FeatureTeacher(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Takes the names of the network's own library too, and leaves its heads behind."""
         own = {flat_key(_inner(key)): (key, value) for key, value in self.state_dict().items()}
-        misshapen = []
+        unfit = []
         for key in [k for k in state_dict if k.startswith(prefix)]:
             value = state_dict.pop(key)
             name, mine = own.get(flat_key(_inner(key.removeprefix(prefix))), (None, None))
             if name is not None:
                 state_dict[prefix + name] = value
                 if value.shape != mine.shape:
-                    misshapen.append(f"{key} is {tuple(value.shape)}, expected {tuple(mine.shape)}")
-        if misshapen:
-            raise ValueError(f"The weights are another network's: {len(misshapen)} misshapen ({misshapen[0]}).")
+                    unfit.append(misshapen(key, value.shape, mine.shape))
+        if unfit:
+            raise MisfitError(describe_misfits(misshapen=unfit))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -69,6 +69,17 @@ def test_input_size_is_that_of_the_backbone_alone_too():
     assert torch.equal(found, plain.backbone(resized)["res5"])
 
 
+@pytest.mark.parametrize("loss", ["HintLoss", "AttentionTransferLoss"])
+def test_maps_of_resized_images_are_compared_everywhere(tmp_path, loss):
+    """D30: of a student larger than its crop, all positions hold image, not a corner."""
+    model = build_model(distilled_cfg(tmp_path, loss, CLASSIFICATION__INPUT_SIZE=64)).train()
+    seen = []
+    (module,) = model.losses.values()
+    module.register_forward_pre_hook(lambda _, args: seen.extend(args[2].valid(m) for m in args[0]))
+    model(images())
+    assert seen and all(mask is None or mask.all() for mask in seen)
+
+
 def test_a_label_out_of_range_names_the_image():
     bad = [{**images()[0], "label": 9, "file_name": "x.jpg"}]
     with pytest.raises(ValueError, match=r"label of x.jpg is 9; expected 0..3"):
@@ -100,7 +111,7 @@ def test_the_names_of_detectron2_and_torchvision_files_are_found(head, prefix):
 
 def test_a_head_of_other_classes_is_refused():
     state = {k.replace("linear.", "fc."): v for k, v in build(CLASSIFICATION__NUM_CLASSES=7).state_dict().items()}
-    with pytest.raises(ValueError, match="linear.* The weights classify 7 classes, not 4"):
+    with pytest.raises(ValueError, match="linear.*; they classify 7 classes, not 4"):
         build().load_state_dict(state)
 
 

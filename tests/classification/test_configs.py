@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from kd_det import add_kd_config, student_cfg
 from kd_det.losses import loss_class
-from kd_det.weights.convert import backbone_metadata, backbone_weights, check_normalisation, save_backbone
+from kd_det.weights.backbone_file import backbone_metadata, backbone_weights, check_normalisation, save_backbone
 from tests.classification.tiny_classifier import images
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,7 +14,7 @@ from kd_det.classification.data import register_image_folder
 from kd_det.classification.trainer import ClassificationTrainer, check_trainer
 from kd_det.cli import run_tool
 from kd_det.engine import Trainer, evaluate
-from kd_det.weights.convert import check_normalisation
+from kd_det.weights.backbone_file import check_normalisation
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg, images, set_options, write_folder
 from tests.tiny import tiny_cfg
 from tests.tiny_run import differing, train

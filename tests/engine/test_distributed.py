@@ -189,7 +189,7 @@ def uneven_similarity() -> dict:
     student, teacher = torch.randn(5, 3, 2, generator=generator), torch.randn(5, 4, generator=generator)
     mine = slice(0, 1) if comm.get_rank() == 0 else slice(1, 5)
     local = student[mine].requires_grad_()
-    loss = similarity_preserving_loss(gather_samples(local), gather_samples(teacher[mine]))
+    loss = similarity_preserving_loss(*gather_samples(local, teacher[mine]))
     loss.backward()
     return {"loss": loss.detach(), "gradient": local.grad}
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from kd_det import build_teacher
 from kd_det.config_file import merge_config_file
-from kd_det.weights.checkpoint import SafeCheckpointer, load_strictly
+from kd_det.weights.checkpoint import SafeCheckpointer
+from kd_det.weights.strict import load_strictly
 from tests.tiny import distillation_cfg
 
 

@@ -1,5 +1,6 @@
-"""Weights to start from: another network's are refused, what Detectron2's users start from is not."""
+"""Weights that do not fit: those of another network are refused, what Detectron2's users start from is not."""
 
+import os
 import pickle
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from kd_det.weights.initial import check_initial_weights
+from kd_det.weights.strict import check_initial_weights, load_strictly
 from tests.tiny import tiny_cfg
 
 LEVELS = ["res2", "res3", "res4", "res5"]
@@ -85,3 +86,18 @@ def test_weights_that_do_not_exist_or_are_damaged(tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"bad.pth \(0 bytes\) is truncated or not a checkpoint"):
         check_initial_weights(model, str(tmp_path / "bad.pth"), who="student")
+
+
+def test_truncated_weights_that_torch_seeks_in_vain(tmp_path):
+    """Above some 4 KB, torch raises an OSError without a file's name."""
+    model = build_model(tiny_cfg())
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    os.truncate(tmp_path / "w.pth", 20_000)
+    with pytest.raises(ValueError, match=r"w.pth \(20,000 bytes\) is truncated or not a checkpoint"):
+        load_strictly(model, str(tmp_path / "w.pth"), who="student")
+
+
+def test_misshapen_weights_are_not_also_missing(tmp_path):
+    torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"do not fit the student: 4 misshapen \([^;]*$"):
+        load_strictly(build_model(tiny_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)), str(tmp_path / "w.pth"), who="student")
