@@ -55,7 +55,7 @@ class MixedBatches:
             images = torch.stack([x["image"] for x in batch]).float()
             labels = torch.tensor([x["label"] for x in batch])
             with preserved_random_state():
-                # The loader seeds each image by (seed, place); three numbers keep clear of those.
+                # The loader seeds each image by (seed, place); three numbers give other random states.
                 seed_everything(self.state_dict()["seed"], number, comm.get_rank())
                 images, labels = self._mix(images, labels)
             yield [{**x, "image": image, "label": label} for x, image, label in zip(batch, images, labels)]
@@ -75,7 +75,7 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[ClassificationMapper] = No
     node = cfg.CLASSIFICATION
     images = DatasetFromList(load_dataset(cfg.DATASETS.TRAIN), copy=False)
     options = _workers(cfg)
-    options.pop("persistent_workers", None)  # of workers that one endless iteration keeps anyway
+    options.pop("persistent_workers", None)  # one endless iteration keeps its workers anyway
     loader = ResumableLoader(
         images,
         mapper or build_mapper(cfg, is_train=True),

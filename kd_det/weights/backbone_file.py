@@ -84,7 +84,7 @@ def check_normalisation(checkpoint: Mapping, cfg: CfgNode) -> None:
         cfg: a detector's config.
 
     Raises:
-        ValueError: another channel order, mean or std; says the config's keys to change.
+        ValueError: another channel order, mean or std; names the config's keys to change.
     """
     wanted = checkpoint.get("metadata") or {}
     configured = backbone_metadata(cfg)
