@@ -39,7 +39,7 @@ _LEVEL_OF_STRIDE = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 
 def configure_network(cfg: CfgNode, name: str) -> None:
     """
-    Make a config that of a named classifier, in place: its architecture, normalisation and input size.
+    Turn a config into that of a named classifier, in place: its architecture, normalisation and input size.
 
     Args:
         cfg: with the nodes of :func:`add_classification_config`.
