@@ -11,7 +11,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from kd_det.features.context import valid_mask
+from kd_det.features.context import to_device, valid_mask
 from kd_det.losses._blocks import squared_error
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
@@ -217,7 +217,8 @@ class FGDLoss(ConnectedLoss):
             made.append(
                 _region_weights(boxes, context.canvas, size, valid, self.options["alpha"], self.options["beta"])
             )
-        flat = torch.cat([weights.flatten() for weights in made]).to(levels[0].student)
+        student = levels[0].student
+        flat = to_device(torch.cat([weights.flatten() for weights in made]).to(student.dtype), student.device)
         return [x.view(w.shape) for x, w in zip(flat.split([w.numel() for w in made]), made)]
 
     @full_precision

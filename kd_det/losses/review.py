@@ -10,7 +10,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from kd_det.features.connectors import build_connector
-from kd_det.features.context import valid_sizes
+from kd_det.features.context import to_device, valid_sizes
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
@@ -103,7 +103,8 @@ def _valid_sizes(maps: Maps) -> List[Tuple[int, int]]:
 def _poolings(levels: Sequence[Maps], valid_sizes: Sequence[Sequence[Tuple[int, int]]]) -> List[_Pooling]:
     """Made on the host, and copied to the device all at once."""
     made = [_pooling(tuple(maps.student.shape), sizes) for maps, sizes in zip(levels, valid_sizes)]
-    flat = torch.cat([x.flatten() for pooling in made for x in pooling]).to(levels[0].student)
+    student = levels[0].student
+    flat = to_device(torch.cat([x.flatten() for pooling in made for x in pooling]).to(student.dtype), student.device)
     parts = iter(flat.split([x.numel() for pooling in made for x in pooling]))
     return [_Pooling(*(next(parts).view(x.shape) for x in pooling)) for pooling in made]
 
