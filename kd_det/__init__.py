@@ -5,6 +5,7 @@ Importing this registers the ``Distiller`` and ``ImageClassifier`` meta-architec
 registries. It changes no default of Detectron2, registers no data set and reads no file.
 """
 
+import kd_det.classification.gradient_attention  # noqa: F401  registers GradientAttentionLoss
 import kd_det.classification.networks  # noqa: F401  registers ImageClassifier and NetworkClassifier
 from kd_det.config import add_kd_config, add_loss_config
 from kd_det.distiller import Distiller

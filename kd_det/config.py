@@ -24,7 +24,8 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     # Factor of this loss in the total; 0 switches it off (nothing is built, nothing is run).
     node.WEIGHT = weight
     # Places read in the student: "p3", "res4", "res4.pre_activation" or a dotted module name (tools/list_taps.py).
-    node.STUDENT_TAPS = tuple(taps)
+    # (A new tuple: equal literals are one to Python, and a dumped config would refer from one loss to another.)
+    node.STUDENT_TAPS = (*taps,)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
     # Iterations of linear warm-up of the factor; None: KD.WARMUP_ITERS.
@@ -44,6 +45,9 @@ def add_kd_config(cfg: CN) -> None:
     _add_classification_config(cfg)
     cfg.KD = CN()
 
+    # Modules or .py files (beside the config) of a project, imported before the config is read: they register data
+    # sets, losses and architectures, and their functions add_..._config(cfg) add keys. Read by kd_det's commands.
+    cfg.KD.IMPORTS = []
     # Class names in DISTILLATION_LOSS_REGISTRY, e.g. ("NSTLoss", "SoftTargetLoss"). Empty: plain training.
     cfg.KD.LOSSES = ()
     # Iterations of linear warm-up of every distillation loss (0: none).
@@ -56,6 +60,10 @@ def add_kd_config(cfg: CN) -> None:
     # A loss that is not finite: "stop" the run, or "skip" the step and count it. Either way the batch is written to
     # OUTPUT_DIR/non_finite. Read by kd_det.engine.Trainer.
     cfg.KD.NON_FINITE = "stop"
+    # Precision of SOLVER.AMP on a GPU: "float16", with scaled gradients, or "bfloat16"; the CPU takes bfloat16.
+    cfg.KD.AMP_PRECISION = "float16"
+    # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
+    cfg.KD.RESUME_SOLVER = "checkpoint"
 
     cfg.KD.STUDENT = CN()
     # The student's own meta-architecture, as MODEL.META_ARCHITECTURE would name it without distillation.
@@ -68,6 +76,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER.WEIGHTS = ""
     # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10].
     cfg.KD.TEACHER.OPTS = []
+    # Of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for half the
+    # memory and, on a GPU, less time. The losses are computed in float32 in any case.
+    cfg.KD.TEACHER.DTYPE = "float32"
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
     node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"))
@@ -126,24 +137,27 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
 
-    # PKD (arXiv 2207.02039): channels standardised over images and positions. The weight is MMRazor's for R-50.
+    # PKD (arXiv 2207.02039): channels standardised over images and positions. Weight and levels are MMRazor's for
+    # Faster R-CNN, R-101 to R-50.
     node = add_loss_config(cfg, "PKD", weight=6.0, taps=("p2", "p3", "p4", "p5"))
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""
 
-    # CWD, channel-wise distillation (arXiv 2011.13256). The weight is MMRazor's for R-50.
-    node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5"))
+    # CWD, channel-wise distillation (arXiv 2011.13256). Weight and levels are MMRazor's for Faster R-CNN, R-101 to
+    # R-50.
+    node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5", "p6"))
     # T: each channel's softmax over positions is taken at features / T.
     node.TEMPERATURE = 1.0
     # As KD.PKD.CONNECTOR_NORM.
     node.CONNECTOR_NORM = ""
 
-    # FGD (arXiv 2111.11837): focal on the ground truth's boxes, and global.
+    # FGD (arXiv 2111.11837): focal on the ground truth's boxes, and global. Levels, and the four weights below, are the
+    # published ones for Faster R-CNN, with gradients clipped at norm 35. One-stage detectors take all five levels.
     node = add_loss_config(cfg, "FGD", weight=1.0, taps=("p2", "p3", "p4", "p5"))
     # T of the attentions' softmax.
     node.TEMPERATURE = 0.5
     # alpha, beta, gamma and lambda: weights of the foreground, the background, the attentions and the
-    # global relation. For two-stage detectors; one-stage detectors take 1e-3, 5e-4, 5e-4 and 5e-6.
+    # global relation. RetinaNet takes 1e-3, 5e-4, 5e-4 and 5e-6.
     node.ALPHA = 5e-5
     node.BETA = 2.5e-5
     node.GAMMA = 5e-5
@@ -151,30 +165,32 @@ def add_kd_config(cfg: CN) -> None:
     # As KD.PKD.CONNECTOR_NORM.
     node.CONNECTOR_NORM = ""
 
-    # MGD (arXiv 2205.01529); the weight is alpha: 5e-7 for two-stage, 2e-5 for one-stage detectors.
+    # MGD (arXiv 2205.01529); the weight is alpha, published as 5e-7 for Faster R-CNN at these levels, and as 2e-5 for
+    # RetinaNet at all five, with gradients clipped at norm 35.
     node = add_loss_config(cfg, "MGD", weight=5e-7, taps=("p2", "p3", "p4", "p5"))
-    # lambda, the share of positions that are hidden: 0.45 for two-stage, 0.65 for one-stage detectors.
+    # lambda, the share of positions that are hidden: 0.45 for Faster R-CNN, 0.65 for RetinaNet.
     node.MASK_RATIO = 0.45
     # As KD.PKD.CONNECTOR_NORM.
     node.CONNECTOR_NORM = ""
 
-    # ReviewKD (arXiv 2104.09044); the weight is the published one for R-101 to R-18.
-    node = add_loss_config(cfg, "REVIEW_KD", weight=1.2, taps=("p2", "p3", "p4", "p5"))
+    # ReviewKD (arXiv 2104.09044); weight and levels are the published ones for Faster R-CNN, R-101 to R-18.
+    node = add_loss_config(cfg, "REVIEW_KD", weight=1.2, taps=("p2", "p3", "p4", "p5", "p6"))
     # Channels of the fused maps.
     node.MID_CHANNELS = 256
     # Norm behind each convolution of the fusion; "": none.
     node.CONNECTOR_NORM = "BN"
 
-    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions.
+    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions. Weight and options are the
+    # published ones for Faster R-CNN.
     node = add_loss_config(cfg, "DKD", weight=1.0)
-    # alpha and beta of Eq. 7, weights of the label's part and of the other classes'. These and T are the published ones
-    # for detectors; classifiers take 1, 0.5 to 8, and 1 to 4.
+    # alpha and beta of Eq. 7, weights of the label's part and of the other classes'. Classifiers take 1, and 0.5 to 8.
     node.ALPHA = 1.0
     node.BETA = 0.25
-    # T of the softmaxes.
+    # T of the softmaxes; classifiers take 1 to 4.
     node.TEMPERATURE = 1.0
 
-    # DIST (arXiv 2205.10536): correlation of predictions within and across samples.
+    # DIST (arXiv 2205.10536): correlation of predictions within and across samples. Weight and options are the defaults
+    # of the published code, for classifiers and segmentation; there is no published one for sampled regions.
     node = add_loss_config(cfg, "DIST", weight=1.0)
     # beta and gamma of Eq. 10, weights of the correlation over classes and over samples.
     node.BETA = 1.0
@@ -182,8 +198,8 @@ def add_kd_config(cfg: CN) -> None:
     # T of the softmaxes.
     node.TEMPERATURE = 1.0
 
-    # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2. Taps are read two by two,
-    # each pair is one flow.
+    # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2, for which the paper gives
+    # no number: this one is ours. Taps are read two by two, each pair is one flow.
     node = add_loss_config(cfg, "FSP", weight=1e-5, taps=("res2", "res3", "res3", "res4", "res4", "res5"))
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""

@@ -5,7 +5,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from detectron2.structures import Boxes, Instances
 
@@ -39,6 +39,24 @@ def build_tiny_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec):
     return FPN(
         tiny_resnet(cfg), ["res2", "res3", "res4", "res5"], cfg.MODEL.FPN.OUT_CHANNELS, top_block=LastLevelMaxPool()
     )
+
+
+@BACKBONE_REGISTRY.register()
+def build_tiny_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec):
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    top_block = LastLevelP6P7(tiny_resnet(cfg).output_shape()["res5"].channels, channels)
+    return FPN(tiny_resnet(cfg), ["res3", "res4", "res5"], channels, top_block=top_block)
+
+
+def tiny_retinanet_cfg(**opts) -> CfgNode:
+    """A tiny RetinaNet on p3 to p7."""
+    defaults = {
+        "MODEL__META_ARCHITECTURE": "RetinaNet",
+        "MODEL__BACKBONE__NAME": "build_tiny_retinanet_fpn_backbone",
+        "MODEL__RETINANET__NUM_CLASSES": NUM_CLASSES,
+        "MODEL__RETINANET__NUM_CONVS": 1,
+    }
+    return tiny_cfg(**{**defaults, **opts})
 
 
 def tiny_cfg(*, depth: int = 18, width: int = 4, fpn: int = 8, **opts) -> CfgNode:

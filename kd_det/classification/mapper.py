@@ -3,20 +3,18 @@
 import functools
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Dict, List, Optional
 
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from kd_det.classification.data import load_dataset
 from kd_det.data.checks import DatasetError
 
-__all__ = ["ClassificationMapper", "build_mapper", "build_transform", "first_training_batches", "readable"]
+__all__ = ["ClassificationMapper", "build_mapper", "build_transform", "readable"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class ClassificationMapper:
         except _UNREADABLE as e:
             problem = f"image {path} cannot be read ({' '.join(str(e).split())})"
             if not self._skip_corrupt:
-                raise DatasetError(f"{problem}; CLASSIFICATION.CORRUPT_IMAGES 'skip' goes on without it") from e
+                raise DatasetError(f"{problem}; CLASSIFICATION.CORRUPT_IMAGES 'skip' leaves such images out") from e
             with self._skipped.get_lock():
                 self._skipped.value += 1
                 logger.warning(f"skipped: {problem}; {self._skipped.value} so far")
@@ -103,19 +101,6 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> ClassificationMapper:
     if found not in ("stop", "skip"):
         raise ValueError(f"CLASSIFICATION.CORRUPT_IMAGES must be 'stop' or 'skip', found {found!r}.")
     return ClassificationMapper(build_transform(cfg, is_train), skip_corrupt=found == "skip")
-
-
-def first_training_batches(cfg: CfgNode, num_images: int, batch_size: int = 16) -> Iterator[List[Dict]]:
-    """This rank's share of an even sample of ``DATASETS.TRAIN``, transformed as in evaluation: no random number."""
-    dicts = load_dataset(cfg.DATASETS.TRAIN)
-    # Folders hold one class after the other: the first images would be of one class.
-    sample = dicts[:: max(len(dicts) // num_images, 1)][:num_images]
-    per_rank = max(len(sample) // comm.get_world_size(), 1)
-    share = [sample[(i * comm.get_world_size() + comm.get_rank()) % len(sample)] for i in range(per_rank)]
-    mapper = build_mapper(cfg, is_train=False)
-    for start in range(0, per_rank, batch_size):
-        # A batch on every rank, however many images could not be read.
-        yield readable([mapper(x) for x in share[start : start + batch_size]])
 
 
 def readable(batch: List[Optional[Dict]]) -> List[Dict]:

@@ -3,19 +3,49 @@
 from collections.abc import Sequence
 
 from detectron2.layers import Conv2d, get_norm
-from torch import nn
+from detectron2.utils import comm
+from fvcore.nn.weight_init import c2_msra_fill
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["build_connector", "build_connectors", "connect_where_different"]
 
 
-def build_connector(student_channels: int, teacher_channels: int, *, norm: str = "", kernel_size: int = 1) -> nn.Module:
+class _Connector(Conv2d):
+    """Detectron2's convolution with a norm, which refuses what batch norm cannot be trained on."""
+
+    def __init__(self, *args, norm_key: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm_key = norm_key
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.shape[0] * x.shape[2] * x.shape[3]
+        # The synchronised kinds count the values of all ranks.
+        is_alone = type(self.norm) is nn.BatchNorm2d or comm.get_world_size() == 1
+        if values == 1 and self.training and isinstance(self.norm, _BatchNorm) and is_alone:
+            raise ValueError(
+                f"The connector's batch norm sees one value per channel: one image, whose map at a tap is 1x1. Set "
+                f"{self.norm_key} to 'GN' or '', put more or larger images into a batch, or drop the deepest tap."
+            )
+        return super().forward(x)
+
+
+def build_connector(
+    student_channels: int,
+    teacher_channels: int,
+    *,
+    norm: str = "",
+    kernel_size: int = 1,
+    norm_key: str = "CONNECTOR_NORM",
+) -> nn.Module:
     """
-    A convolution, initialised as the overhaul paper's code does (normal, variance 2 / Ct).
+    A convolution, initialised as Detectron2's (normal, variance 2 / (Ct k^2)), which is what OFD's code does too.
 
     Args:
         student_channels, teacher_channels: Cs and Ct.
         norm: a norm of Detectron2 behind it ("BN", "SyncBN", "GN", ...); then the convolution has no bias. "": none.
         kernel_size: odd; the map keeps its size.
+        norm_key: the config key of ``norm``, for messages.
 
     Returns:
         A module from (N, Cs, H, W) to (N, Ct, H, W).
@@ -24,37 +54,34 @@ def build_connector(student_channels: int, teacher_channels: int, *, norm: str =
         ValueError: an unknown norm, or one that the channels do not fit (GN has 32 groups).
     """
     try:
-        connector = Conv2d(
+        connector = _Connector(
             student_channels,
             teacher_channels,
             kernel_size=kernel_size,
             padding=kernel_size // 2,
             bias=norm == "",
             norm=get_norm(norm, teacher_channels),
+            norm_key=norm_key,
         )
     except KeyError:
         raise ValueError(
             f"Unknown norm of a connector {norm!r}; Detectron2's are BN, SyncBN, FrozenBN, GN, naiveSyncBN and LN, "
             f"and '' is none."
         ) from None
-    nn.init.normal_(connector.weight, std=(2 / teacher_channels) ** 0.5)
-    if connector.bias is not None:
-        nn.init.zeros_(connector.bias)
+    c2_msra_fill(connector)
     return connector
 
 
-def build_connectors(
-    student_channels: Sequence[int], teacher_channels: Sequence[int], *, norm: str = ""
-) -> nn.ModuleList:
-    """One 1x1 :func:`build_connector` a pair of taps."""
+def build_connectors(student_channels: Sequence[int], teacher_channels: Sequence[int], **options) -> nn.ModuleList:
+    """One :func:`build_connector` for each pair of taps."""
     pairs = zip(student_channels, teacher_channels)
-    return nn.ModuleList(build_connector(cs, ct, norm=norm) for cs, ct in pairs)
+    return nn.ModuleList(build_connector(cs, ct, **options) for cs, ct in pairs)
 
 
 def connect_where_different(
-    student_channels: Sequence[int], teacher_channels: Sequence[int], *, norm: str = ""
+    student_channels: Sequence[int], teacher_channels: Sequence[int], **options
 ) -> nn.ModuleList:
     """As :func:`build_connectors`, but a pair of equal channels is compared as it is."""
-    connectors = build_connectors(student_channels, teacher_channels, norm=norm)
+    connectors = build_connectors(student_channels, teacher_channels, **options)
     pairs = zip(connectors, student_channels, teacher_channels)
     return nn.ModuleList(nn.Identity() if cs == ct else connector for connector, cs, ct in pairs)

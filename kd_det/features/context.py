@@ -4,40 +4,68 @@ What a loss may know of a training step besides the maps, and which positions of
 Shapes: N images; R sampled regions of all images together.
 """
 
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets
+from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions
 
-__all__ = ["StepContext", "valid_mask"]
+__all__ = ["StepContext", "valid_mask", "valid_sizes"]
 
 
-def valid_mask(image_sizes: List[Tuple[int, int]], canvas: Tuple[int, int], size: Tuple[int, int]) -> Tensor:
+def valid_sizes(
+    image_sizes: List[Tuple[int, int]], canvas: Tuple[int, int], size: Tuple[int, int]
+) -> List[Tuple[int, int]]:
     """
-    Which positions of a feature map hold image, when images are padded at the right and bottom.
+    How many rows and columns of a feature map hold image, for each image, when images are padded at the right and
+    bottom: a position does where any pixel of its cell lies inside the image.
 
     Args:
         image_sizes: each image's height and width in pixels.
         canvas: the padded batch's height and width in pixels.
         size: the map's height and width.
-
-    Returns:
-        bool, (N, 1, H, W): true where any pixel of the position's cell lies inside the image.
     """
     # ceil(image * map / canvas), in integers
-    limits = torch.tensor([[-(-side * m // c) for side, m, c in zip(i, size, canvas)] for i in image_sizes])
-    rows = torch.arange(size[0])[None] < limits[:, :1]
-    columns = torch.arange(size[1])[None] < limits[:, 1:]
-    return (rows[:, None, :, None]) & (columns[:, None, None, :])
+    return [tuple(-(-side * m // c) for side, m, c in zip(image, size, canvas)) for image in image_sizes]
+
+
+def valid_mask(
+    image_sizes: Union[Tensor, List[Tuple[int, int]]], canvas: Tuple[int, int], size: Tuple[int, int]
+) -> Tensor:
+    """
+    Which positions of a feature map hold image, see :func:`valid_sizes`.
+
+    Args:
+        image_sizes: (N, 2), each image's height and width in pixels; a tensor on the device of the map, or numbers.
+        canvas, size: of the padded batch and of the map.
+
+    Returns:
+        bool, (N, 1, H, W).
+    """
+    image_sizes = image_sizes if isinstance(image_sizes, Tensor) else torch.tensor(image_sizes)
+    rows, columns = (
+        # Position i lies inside where i < ceil(side * m / c), which is i * c < side * m.
+        torch.arange(0, m * c, c, device=image_sizes.device) < side[:, None] * m
+        if c % m
+        else torch.arange(0, c, c // m, device=image_sizes.device) < side[:, None]
+        for side, m, c in zip(image_sizes.unbind(1), size, canvas)
+    )
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 class StepContext:
     """
     What a loss may know of a training step besides the maps: image sizes, valid positions, ground truth, and the
     regions that both networks share. One object a step, shared by all losses.
+
+    Attributes:
+        image_sizes: each image's height and width.
+        canvas: height and width of the padded batch.
+        batched_inputs: the student's inputs.
+        task_losses: the student's own losses, with their graph.
+        teacher: the :class:`kd_det.teachers.Teacher`.
     """
 
     def __init__(
@@ -45,96 +73,97 @@ class StepContext:
         image_sizes: List[Tuple[int, int]],
         canvas: Tuple[int, int],
         *,
-        instances: Optional[List[Instances]] = None,
-        student_head: Optional[RegionHead] = None,
-        student_stages: Optional[List[Tuple[List[Boxes], RegionOutputs]]] = None,
-        teacher_head: Optional[RegionHead] = None,
+        batched_inputs: Optional[List[Dict]] = None,
+        task_losses: Optional[Dict[str, Tensor]] = None,
+        teacher=None,
         teacher_outputs: Optional[Dict[str, Tensor]] = None,
-        input_gradients: Optional[Callable[[], Tuple[List[Tensor], List[Tensor]]]] = None,
+        student_head: Optional[RegionHead] = None,
+        sampled: Optional[List[SampledRegions]] = None,
     ):
         """
         Args:
-            image_sizes: each image's height and width.
-            canvas: height and width of the padded batch.
-            instances: each image's ground truth, or None if the batch has none.
-            student_head: the student's box branch.
-            student_stages: the student's sampled regions, see :meth:`RegionTaps.pop`.
-            teacher_head: the teacher's box branch.
+            image_sizes, canvas, batched_inputs, task_losses, teacher: see the attributes.
             teacher_outputs: the outputs of the teacher's backbone.
-            input_gradients: computes what :meth:`input_gradients` returns.
+            student_head: the student's box branch.
+            sampled: the student's sampled regions, one entry a stage, see :meth:`RegionTaps.pop`.
         """
         self.image_sizes = image_sizes
         self.canvas = canvas
-        self.instances = instances
-        self._student_head = student_head
-        self._student_stages = student_stages
-        self._teacher_head = teacher_head
+        self.batched_inputs = batched_inputs
+        self.task_losses = task_losses
+        self.teacher = teacher
         self._teacher_outputs = teacher_outputs
-        self._input_gradients = input_gradients
+        self._student_head = student_head
+        self._sampled = sampled
+        self._sizes: Dict[torch.device, Tensor] = {}
         self._masks: Dict[Tuple, Optional[Tensor]] = {}
         self._pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = None
+        self._targets: Dict[int, RegionTargets] = {}
+
+    def valid_sizes(self, features: Tensor) -> List[Tuple[int, int]]:
+        """How many rows and columns of a map (..., H, W) hold image, for each image; known on the host."""
+        return valid_sizes(self.image_sizes, self.canvas, tuple(features.shape[-2:]))
 
     def valid(self, features: Tensor) -> Optional[Tensor]:
         """The mask of a map's positions that hold image, bool (N, 1, H, W), or None where all of them do."""
         size = tuple(features.shape[-2:])
         key = (size, features.device)
         if key not in self._masks:
-            mask = valid_mask(self.image_sizes, self.canvas, size)
-            self._masks[key] = None if bool(mask.all()) else mask.to(features.device)
+            whole = all(limits == size for limits in self.valid_sizes(features))
+            self._masks[key] = None if whole else valid_mask(self._sizes_on(features.device), self.canvas, size)
         return self._masks[key]
 
+    def _sizes_on(self, device: torch.device) -> Tensor:
+        """The image sizes as a tensor (N, 2): one copy a step, for which the host does not wait on a GPU."""
+        if device not in self._sizes:
+            sizes = torch.tensor(self.image_sizes)
+            is_cuda = device.type == "cuda"
+            self._sizes[device] = (sizes.pin_memory() if is_cuda else sizes).to(device, non_blocking=is_cuda)
+        return self._sizes[device]
+
     @torch.no_grad()
-    def _ask_teacher(self, boxes: List[Boxes], stage: int) -> RegionOutputs:
-        return self._teacher_head(self._teacher_outputs, boxes, stage)
+    def _teacher_on(self, boxes: List[Boxes], stage: int) -> RegionOutputs:
+        return self.teacher.head(self._teacher_outputs, boxes, stage)
 
     def region_pairs(self) -> List[Tuple[RegionOutputs, RegionOutputs]]:
         """
-        For each stage of the student's box head (one, unless a cascade): what the student said of its sampled
-        regions, with its graph, and what the teacher says of the same regions. The teacher is asked once a step.
+        For each stage of the student's box head (one, unless a cascade): what the student predicts for its sampled
+        regions, with its graph, and what the teacher predicts for the same regions. The teacher runs once a step.
         """
-        if self._student_stages is None:
+        if self._sampled is None:
             raise RuntimeError("regions were not recorded: the loss must declare needs_regions = True")
         if self._pairs is None:
             self._pairs = [
-                (student, self._ask_teacher(boxes, stage))
-                for stage, (boxes, student) in enumerate(self._student_stages)
+                (regions.outputs, self._teacher_on(regions.boxes, stage)) for stage, regions in enumerate(self._sampled)
             ]
         return self._pairs
 
     def first_regions(self, stage: int, most: int) -> Tensor:
         """Which of the regions in ``region_pairs()[stage]`` are among the first ``most`` of their image: an index."""
         offset, first = 0, []
-        for boxes in self._student_stages[stage][0]:
+        for boxes in self._sampled[stage].boxes:
             first.append(torch.arange(offset, offset + min(most, len(boxes)), device=boxes.device))
             offset += len(boxes)
         return torch.cat(first)
 
-    def input_gradients(self) -> Tuple[List[Tensor], List[Tensor]]:
-        """
-        The gradient of each image's own task loss at its pixels, (C, H, W) in 1 / grey value: of the student, with its
-        graph, and of the teacher, with the same labels. Computed at every call.
-        """
-        if self._input_gradients is None:
-            raise RuntimeError("images kept no gradient: the loss must declare needs_input_gradients = True")
-        return self._input_gradients()
-
     def ground_truth(self) -> List[Instances]:
         """
-        Each image's ground truth.
+        Each image's ground truth, on the device of the batch.
 
         Raises:
             ValueError: the batch has none.
         """
-        if self.instances is None:
+        if not self.batched_inputs or "instances" not in self.batched_inputs[0]:
             raise ValueError("This loss needs ground truth: the batch has no 'instances'.")
-        return self.instances
+        return [x["instances"] for x in self.batched_inputs]
 
     def region_targets(self, stage: int) -> RegionTargets:
         """The ground truth of the regions in ``region_pairs()[stage]``, as the student matched them."""
-        boxes, _ = self._student_stages[stage]
-        truth = [instances.to(boxes[0].device) for instances in self.ground_truth()]
-        return self._student_head.label(boxes, truth, stage)
+        if stage not in self._targets:
+            self._targets[stage] = self._student_head.label(self._sampled[stage], self.ground_truth(), stage)
+        return self._targets[stage]
 
-    def teacher_units(self, stage: int) -> Tensor:
-        """(4,): factors from the teacher's units of box regression (BBOX_REG_WEIGHTS) to the student's."""
-        return self._student_head.delta_weights(stage) / self._teacher_head.delta_weights(stage)
+    def teacher_units(self, stage: int) -> List[float]:
+        """Four factors from the teacher's units of box regression (BBOX_REG_WEIGHTS) to the student's."""
+        student, teacher = self._student_head.delta_weights(stage), self.teacher.head.delta_weights(stage)
+        return [s / t for s, t in zip(student, teacher)]

@@ -6,14 +6,14 @@ Shapes: N images; R sampled regions of all images together; K classes, backgroun
 
 import contextlib
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
-__all__ = ["RegionHead", "RegionOutputs", "RegionTaps", "RegionTargets"]
+__all__ = ["RegionHead", "RegionOutputs", "RegionTaps", "RegionTargets", "SampledRegions"]
 
 
 @dataclass
@@ -35,24 +35,42 @@ class RegionOutputs:
 @dataclass
 class RegionTargets:
     """
-    What the ground truth says of the F foreground ones among R regions.
+    What the ground truth is for R regions.
 
     Attributes:
-        index: which of the regions, (F,).
-        classes: their classes, (F,).
-        deltas: from their boxes to the matched ground truth, in the head's units of box regression, (F, 4).
+        classes: (R,), the class of the matched ground truth; K (background) where there is none.
+        foreground: bool (R,).
+        deltas: from the regions to the matched ground truth, in the head's units of box regression, (R, 4); 0 for
+            background.
     """
 
-    index: Tensor
     classes: Tensor
+    foreground: Tensor
     deltas: Tensor
 
     def of_class(self, deltas: Tensor) -> Tensor:
-        """The rows and columns of (R, 4) or (R, 4 K) deltas that belong to these regions and their classes: (F, 4)."""
-        rows = deltas[self.index].unflatten(1, (-1, 4))
-        if rows.shape[1] == 1:
-            return rows[:, 0]
-        return rows[torch.arange(len(rows), device=rows.device), self.classes]
+        """Of (R, 4) or (R, 4 K) predicted deltas, those of each region's class: (R, 4); 0 for background."""
+        deltas = deltas.unflatten(1, (-1, 4))
+        index = torch.where(self.foreground & (deltas.shape[1] > 1), self.classes, 0)
+        chosen = deltas.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
+        return torch.where(self.foreground[:, None], chosen, 0)
+
+
+@dataclass
+class SampledRegions:
+    """
+    The regions that one stage of a student's box head was run on.
+
+    Attributes:
+        boxes: each image's regions.
+        outputs: what the student predicts for them.
+        proposals: each image's regions as the student labelled them (gt_classes, gt_boxes); None where its ROI heads do
+            not return them.
+    """
+
+    boxes: List[Boxes]
+    outputs: RegionOutputs
+    proposals: Optional[List[Instances]] = None
 
 
 class RegionHead:
@@ -92,37 +110,46 @@ class RegionHead:
     def is_class_agnostic(self) -> bool:
         return all(predictor.bbox_pred.out_features == 4 for predictor in self.predictors)
 
-    def delta_weights(self, stage: int) -> Tensor:
-        """(4,): the factors of its units of box regression."""
-        return torch.tensor(self.predictors[min(stage, self.num_stages - 1)].box2box_transform.weights)
+    def delta_weights(self, stage: int) -> Tuple[float, ...]:
+        """The four factors of its units of box regression."""
+        return tuple(self.predictors[min(stage, self.num_stages - 1)].box2box_transform.weights)
 
     @torch.no_grad()
-    def label(self, boxes: List[Boxes], instances: List[Instances], stage: int) -> RegionTargets:
+    def label(self, sampled: SampledRegions, truth: List[Instances], stage: int) -> RegionTargets:
         """
-        Match regions that this head sampled with the ground truth, by the head's own matcher, as it did itself.
+        The ground truth of regions that this head sampled, as it labelled them itself: read from its proposals, or
+        matched again by its own matcher (later stages of a cascade, C4).
 
         Args:
-            boxes: each image's regions.
-            instances: each image's ground truth, on the device of the boxes.
+            sampled: the regions.
+            truth: each image's ground truth.
             stage: whose regions these are.
         """
+        regions = torch.cat([boxes.tensor for boxes in sampled.boxes])
+        if sampled.proposals is not None:
+            classes = torch.cat([p.gt_classes for p in sampled.proposals])
+            # Detectron2 gives the proposals of an image without ground truth no gt_boxes.
+            matched = [p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes for p in sampled.proposals]
+            boxes = torch.cat([b.tensor for b in matched])
+        else:
+            matches = [self._match(b, t, stage) for b, t in zip(sampled.boxes, truth)]
+            classes, boxes = (torch.cat(parts) for parts in zip(*matches))
+        foreground = (classes >= 0) & (classes < self.num_classes)
+        boxes = torch.where(foreground[:, None], boxes, regions)
+        transform = self.predictors[min(stage, self.num_stages - 1)].box2box_transform
+        return RegionTargets(classes, foreground, transform.get_deltas(regions, boxes))
+
+    def _match(self, boxes: Boxes, truth: Instances, stage: int) -> Tuple[Tensor, Tensor]:
+        """Classes (R,) and boxes (R, 4) of the ground truth that one image's regions are matched with."""
+        regions = boxes.tensor
+        if not len(truth) or not len(regions):
+            return regions.new_full((len(regions),), self.num_classes, dtype=torch.int64), regions
+        truth = truth.to(regions.device)
         is_cascade = isinstance(self.roi_heads, CascadeROIHeads)
         matcher = self.roi_heads.proposal_matchers[stage] if is_cascade else self.roi_heads.proposal_matcher
-        transform = self.predictors[stage].box2box_transform
-        offset, index, classes, deltas = 0, [], [], []
-        for regions, truth in zip(boxes, instances):
-            if len(truth) and len(regions):
-                matched, labels = matcher(pairwise_iou(truth.gt_boxes, regions))
-                foreground = torch.nonzero(labels == 1)[:, 0]
-                matched = matched[foreground]
-                index.append(foreground + offset)
-                classes.append(truth.gt_classes[matched])
-                deltas.append(transform.get_deltas(regions.tensor[foreground], truth.gt_boxes.tensor[matched]))
-            offset += len(regions)
-        if not index:
-            nothing = boxes[0].tensor.new_zeros(0)
-            return RegionTargets(nothing.long(), nothing.long(), nothing.view(0, 4))
-        return RegionTargets(torch.cat(index), torch.cat(classes), torch.cat(deltas))
+        matched, labels = matcher(pairwise_iou(truth.gt_boxes, boxes))
+        classes = torch.where(labels == 1, truth.gt_classes[matched], self.num_classes)
+        return classes, truth.gt_boxes.tensor[matched]
 
     def __call__(self, features: Dict[str, Tensor], boxes: List[Boxes], stage: int) -> RegionOutputs:
         """
@@ -143,7 +170,7 @@ class RegionHead:
 
 
 class RegionTaps:
-    """Records the regions that a student samples and what it says of them, in the forward its own losses need."""
+    """Records the regions that a student samples and what it predicts for them, in the forward of its own losses."""
 
     def __init__(self, head: RegionHead):
         self.head = head
@@ -153,6 +180,7 @@ class RegionTaps:
         self._boxes: List[List[Boxes]] = []
         self._features: List[Tensor] = []
         self._predictions: List[Tuple[Tensor, Tensor]] = []
+        self._proposals: Optional[List[Instances]] = None
 
     @contextlib.contextmanager
     def recording(self):
@@ -166,8 +194,16 @@ class RegionTaps:
         def read_predictor(module, args, output):
             self._predictions.append(output)
 
-        handles = [self.head.pooler.register_forward_hook(read_pooler)]
-        handles += [predictor.register_forward_hook(read_predictor) for predictor in self.head.predictors]
+        def read_proposals(module, args, output):
+            proposals = output[0]
+            if proposals and all(p.has("gt_classes") for p in proposals):
+                self._proposals = proposals
+
+        handles = [
+            self.head.pooler.register_forward_hook(read_pooler),
+            self.head.roi_heads.register_forward_hook(read_proposals),
+            *(predictor.register_forward_hook(read_predictor) for predictor in self.head.predictors),
+        ]
         try:
             yield self
         except BaseException:
@@ -177,12 +213,14 @@ class RegionTaps:
             for handle in handles:
                 handle.remove()
 
-    def pop(self) -> List[Tuple[List[Boxes], RegionOutputs]]:
-        """Each stage's boxes (one entry an image) and outputs. Reading empties."""
+    def pop(self) -> List[SampledRegions]:
+        """Each stage's regions. Reading empties."""
         stages = [
-            (boxes, RegionOutputs(features, *predictions))
+            SampledRegions(boxes, RegionOutputs(features, *predictions))
             for boxes, features, predictions in zip(self._boxes, self._features, self._predictions)
         ]
+        if stages and self._proposals and list(map(len, self._proposals)) == list(map(len, stages[0].boxes)):
+            stages[0].proposals = self._proposals
         self._clear()
         if len(stages) != self.head.num_stages:
             raise RuntimeError(

@@ -8,7 +8,7 @@ A place is named by
 * either of the two with ``.pre_activation`` behind it: the exact value before the last ReLU of a residual block
   (of a stage: of its last block).
 
-Hooks are on the model only inside :meth:`Taps.recording`, so that outside a training step the model is untouched.
+Hooks stay on the model and do nothing outside :meth:`Taps.recording`.
 """
 
 import contextlib
@@ -99,16 +99,19 @@ class Taps:
         """
         self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
         self._values: Dict[str, List[Tuple[Tensor, int]]] = {}
-        self._recording = False
+        self.is_recording = False
+        self._stops = False
+        for name, place in self._places.items():
+            (_PreActivationHook if place.pre_activation else _OutputHook)(self, name, place)
 
     @property
     def names(self) -> List[str]:
         return list(self._places)
 
-    def within(self, module: nn.Module) -> bool:
-        """Whether running ``module`` fills every tap."""
-        inside = set(module.modules())
-        return all(place.module in inside for place in self._places.values())
+    def outside(self, *modules: nn.Module) -> List[str]:
+        """The taps that running these modules does not fill."""
+        inside = {inner for module in modules for inner in module.modules()}
+        return [name for name, place in self._places.items() if place.module not in inside]
 
     @contextlib.contextmanager
     def recording(self, *, stop_when_complete: bool = False):
@@ -121,14 +124,11 @@ class Taps:
         Raises:
             RuntimeError: the context is entered inside itself.
         """
-        if self._recording:
+        if self.is_recording:
             raise RuntimeError("these taps are recording already: one forward at a time")
         self._values = {name: [] for name in self._places}
-        handles = []
-        self._recording = True
+        self.is_recording, self._stops = True, stop_when_complete
         try:
-            for name, place in self._places.items():
-                handles += self._attach(name, place, stop_when_complete)
             yield self
         except _Complete:
             pass
@@ -136,9 +136,13 @@ class Taps:
             self._values = {}
             raise
         finally:
-            self._recording = False
-            for handle in handles:
-                handle.remove()
+            self.is_recording = False
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Called by the hooks: the value of a place, each time its module has run."""
+        self._values[name].append((value, value._version))
+        if self._stops and all(self._values.values()):
+            raise _Complete
 
     def pop(self) -> Dict[str, List[Tensor]]:
         """
@@ -160,46 +164,55 @@ class Taps:
                 )
         return {name: [value for value, _ in maps] for name, maps in values.items()}
 
-    def _attach(self, name: str, place: _Place, stop: bool):
-        def record(value):
-            self._values[name].append((value, value._version))
-            if stop and all(self._values.values()):
-                raise _Complete
 
-        if not place.pre_activation:
+class _OutputHook:
+    """
+    Reads a module's output. Hooks are bound methods of an object, which a deep copy of the network copies along with
+    the taps that it belongs to, and they stay on the module: attached anew at each step, they would make a compiled
+    network compile anew.
+    """
 
-            def read_output(module, args, output):
-                record(output if place.key is None else output[place.key])
+    def __init__(self, taps: Taps, name: str, place: _Place):
+        self._taps, self._name, self._key = taps, name, place.key
+        place.module.register_forward_hook(self.read)
 
-            return [place.module.register_forward_hook(read_output)]
+    def read(self, module, args, output):
+        if self._taps.is_recording:
+            self._taps.record(self._name, output if self._key is None else output[self._key])
 
-        modes: List[_ReLUInput] = []
 
-        def enter(module, args):
-            modes.append(_ReLUInput())
-            modes[-1].__enter__()
+class _PreActivationHook:
+    """Reads the input of the last ReLU of a residual block."""
 
-        def leave(module, args, output):
-            mode = modes.pop()
-            mode.__exit__(None, None, None)
-            if output is None:  # the block raised
-                return
-            if mode.output is not output:
-                raise RuntimeError(
-                    f"tap {name!r}: the output of {type(module).__name__} is not that of a ReLU, so there is no "
-                    f"pre-activation to read; tap the block's output, {name[: -len(PRE_ACTIVATION) - 1]!r}, instead."
-                )
-            if output.requires_grad and not mode.input.requires_grad:
-                raise RuntimeError(
-                    f"tap {name!r} is inside reentrant activation checkpointing, which hides it from autograd: "
-                    f"checkpoint with use_reentrant=False."
-                )
-            record(mode.input)
+    def __init__(self, taps: Taps, name: str, place: _Place):
+        self._taps, self._name = taps, name
+        self._modes: List[_ReLUInput] = []
+        place.module.register_forward_pre_hook(self.enter)
+        place.module.register_forward_hook(self.leave, always_call=True)
 
-        return [
-            place.module.register_forward_pre_hook(enter),
-            place.module.register_forward_hook(leave, always_call=True),
-        ]
+    def enter(self, module, args):
+        if self._taps.is_recording:
+            self._modes.append(_ReLUInput())
+            self._modes[-1].__enter__()
+
+    def leave(self, module, args, output):
+        if not self._modes:
+            return
+        mode = self._modes.pop()
+        mode.__exit__(None, None, None)
+        if output is None:  # the block raised
+            return
+        if mode.output is not output:
+            raise RuntimeError(
+                f"tap {self._name!r}: the output of {type(module).__name__} is not that of a ReLU, so there is no "
+                f"pre-activation to read; tap the block's output, {self._name[: -len(PRE_ACTIVATION) - 1]!r}, instead."
+            )
+        if output.requires_grad and not mode.input.requires_grad:
+            raise RuntimeError(
+                f"tap {self._name!r} is inside reentrant activation checkpointing, which hides it from autograd: "
+                f"checkpoint with use_reentrant=False."
+            )
+        self._taps.record(self._name, mode.input)
 
 
 def tap_names(model: nn.Module) -> List[str]:

@@ -6,6 +6,7 @@ from kd_det.losses.attention_transfer import (
     attention_transfer_loss,
     gradient_attention_loss,
 )
+from kd_det.losses.binary_soft_target import binary_soft_target_loss
 from kd_det.losses.bounded_regression import BoundedRegressionLoss, bounded_regression_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, build_losses, loss_class
 from kd_det.losses.cwd import CWDLoss, cwd_loss
@@ -13,7 +14,6 @@ from kd_det.losses.dist import DISTLoss, dist_loss
 from kd_det.losses.dkd import DKDLoss, dkd_loss
 from kd_det.losses.fgd import FGDLoss, fgd_loss
 from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
-from kd_det.losses.gradient_attention import GradientAttentionLoss
 from kd_det.losses.hint import HintLoss, hint_loss
 from kd_det.losses.mgd import MGDLoss, mgd_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
@@ -33,7 +33,6 @@ __all__ = [
     "DistillationLoss",
     "FGDLoss",
     "FSPLoss",
-    "GradientAttentionLoss",
     "HintLoss",
     "MGDLoss",
     "NSTLoss",
@@ -44,6 +43,7 @@ __all__ = [
     "SoftTargetLoss",
     "attention_map",
     "attention_transfer_loss",
+    "binary_soft_target_loss",
     "bounded_regression_loss",
     "build_losses",
     "cwd_loss",

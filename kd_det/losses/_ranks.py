@@ -49,21 +49,10 @@ def max_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of (C, P) over P and over all ranks, (C, 1), with its gradient; P may differ from rank to rank."""
-    sums = sum_over_ranks(torch.cat([x.sum(1), x.new_full((1,), x.shape[1])]))
-    return sums[:-1, None] / sums[-1]
-
-
-def peak_over_ranks(x: Tensor) -> Tensor:
-    """The largest magnitude in (C, P) over P and over all ranks, (C, 1), without gradient."""
-    return max_over_ranks(x.detach().abs().amax(1, keepdim=True))
-
-
 def share_of_samples(count: Union[int, Tensor], device: torch.device) -> Union[float, Tensor]:
     """
-    This rank's number of samples, divided by the average of all ranks. The mean over a rank's own samples times this
-    is, averaged over ranks as DDP does, the mean over the samples of all ranks.
+    This rank's number of samples, divided by the average of all ranks. If each rank multiplies the mean over its own
+    samples by this factor, DDP's average over ranks is the mean over the samples of all ranks.
 
     Args:
         count: how many samples this rank has; a scalar tensor where only the device knows it.

@@ -1,5 +1,7 @@
 """Teacher-bounded box regression: Chen et al., NIPS 2017."""
 
+from typing import Optional
+
 import torch
 from detectron2.config import configurable
 from torch import Tensor
@@ -14,7 +16,12 @@ __all__ = ["BoundedRegressionLoss", "bounded_regression_loss"]
 
 @full_precision
 def bounded_regression_loss(
-    student_deltas: Tensor, teacher_deltas: Tensor, target_deltas: Tensor, *, margin: float = 0.0
+    student_deltas: Tensor,
+    teacher_deltas: Tensor,
+    target_deltas: Tensor,
+    *,
+    margin: float = 0.0,
+    foreground: Optional[Tensor] = None,
 ) -> Tensor:
     """
     The teacher as an upper bound of the student's error in box regression (Chen et al., Learning efficient object
@@ -22,10 +29,11 @@ def bounded_regression_loss(
     ``|s - y|^2 + margin > |t - y|^2``, else 0; averaged over regions.
 
     Args:
-        student_deltas: (R, 4), what the student predicts for R foreground regions, of the region's class.
+        student_deltas: (R, 4), what the student predicts for R regions, of the region's class.
         teacher_deltas: (R, 4), the teacher's for the same regions, in the same units; is detached.
         target_deltas: (R, 4), those of the ground truth.
         margin: m >= 0, by how much of squared error the student must be better than the teacher to be left alone.
+        foreground: bool (R,), the regions that count; None: all.
 
     Returns:
         A scalar; 0 for no region.
@@ -47,7 +55,10 @@ def bounded_regression_loss(
         return zero_loss(student)
     error = (student - target).square().sum(1)
     bound = (teacher - target).square().sum(1)
-    return torch.where(error + margin > bound, error, 0).mean()
+    counts = error + margin > bound
+    if foreground is None:
+        return torch.where(counts, error, 0).mean()
+    return torch.where(counts & foreground, error, 0).sum() / foreground.sum().clamp(min=1)
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
@@ -59,6 +70,7 @@ class BoundedRegressionLoss(DistillationLoss):
 
     name = "bounded_regression"
     needs_regions = True
+    compares_classes = True
 
     @configurable
     def __init__(self, *, margin: float = 0.0, **kwargs):
@@ -74,7 +86,10 @@ class BoundedRegressionLoss(DistillationLoss):
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
+        return {**super().from_config(cfg, student, teacher), "margin": cfg.KD.BOUNDED_REGRESSION.MARGIN}
+
+    def connect(self, student, teacher):
+        super().connect(student, teacher)
         heads = [
             RegionHead(getattr(network, "roi_heads", None), side=side)
             for network, side in ((student, "student"), (teacher, "teacher"))
@@ -85,18 +100,19 @@ class BoundedRegressionLoss(DistillationLoss):
                 f"Bounded regression compares the boxes of a class: the student has {counts[0]} classes and the "
                 f"teacher {counts[1]}. Make MODEL.ROI_HEADS.NUM_CLASSES equal, or drop it from KD.LOSSES."
             )
-        return {**ret, "margin": cfg.KD.BOUNDED_REGRESSION.MARGIN}
 
     def forward(self, student, teacher, context):
         pairs = context.region_pairs()
         total = 0.0
         for stage, (s, t) in enumerate(pairs):
             targets = context.region_targets(stage)
-            share = share_of_samples(len(targets.deltas), targets.deltas.device)
-            total = total + share * bounded_regression_loss(
+            units = zip(targets.of_class(t.deltas).unbind(1), context.teacher_units(stage))
+            mean = bounded_regression_loss(
                 targets.of_class(s.deltas),
-                targets.of_class(t.deltas) * context.teacher_units(stage).to(t.deltas),
+                torch.stack([deltas * unit for deltas, unit in units], dim=1),
                 targets.deltas,
                 margin=self.margin,
+                foreground=targets.foreground,
             )
+            total = total + share_of_samples(targets.foreground.sum(), s.deltas.device) * mean
         return total / len(pairs)

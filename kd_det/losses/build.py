@@ -5,8 +5,9 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from kd_det.errors import unknown_name
+from kd_det.errors import IMPORT_HINT, unknown_name
 from kd_det.features.taps import tap_shape
+from kd_det.losses.schedule import Schedule
 
 __all__ = ["DISTILLATION_LOSS_REGISTRY", "NO_IMAGES", "DistillationLoss", "build_losses", "loss_class", "tap_channels"]
 
@@ -26,20 +27,21 @@ NO_IMAGES = torch.empty(0, 1, 1, 1)
 
 class DistillationLoss(nn.Module):
     """
-    Base class: where a loss reads, how much it weighs, when it is on. A subclass sets ``name``, implements
+    Base class: where a loss reads, how much it weighs, when it acts. A subclass sets ``name``, implements
     :meth:`forward`, owns whatever it trains (connectors) or remembers (margins), and is decorated with
     ``@DISTILLATION_LOSS_REGISTRY.register()``.
 
     Attributes:
         name: the loss is logged as ``loss_<name>`` and configured by ``KD.<NAME>``.
-        needs_regions: whether it reads ``context.region_pairs()``; the student must then have ROI heads.
-        needs_input_gradients: whether it reads ``context.input_gradients()``; both networks must then have
-            ``task_losses``, as ``ImageClassifier`` has.
+        needs_taps: whether it compares maps at taps, and so needs at least one. A loss on regions needs none.
+        needs_regions: whether it reads ``context.region_pairs()``; both networks must then have ROI heads.
+        compares_classes: whether it compares class by class; both networks must then have the same classes.
     """
 
     name: str
+    needs_taps = True
     needs_regions = False
-    needs_input_gradients = False
+    compares_classes = False
 
     def __init__(
         self,
@@ -55,8 +57,7 @@ class DistillationLoss(nn.Module):
             student_taps: places read in the student.
             teacher_taps: places read in the teacher, paired in order. None or empty: the student's names.
             weight: the factor of this loss in the total, not negative.
-            warmup_iters: the factor grows linearly from ``weight / warmup_iters`` to ``weight`` in so many iterations.
-            stop_iter: the loss is off from this iteration on; -1 means never.
+            warmup_iters, stop_iter: see :class:`kd_det.losses.schedule.Schedule`.
 
         Raises:
             ValueError: numbers of taps that differ, or a weight or iteration out of range.
@@ -75,15 +76,11 @@ class DistillationLoss(nn.Module):
             )
         if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"{type(self).__name__}: weight must be a finite number >= 0, found {weight}.")
-        whole = isinstance(warmup_iters, int) and isinstance(stop_iter, int)
-        if not whole or warmup_iters < 0 or stop_iter < -1:
-            raise ValueError(
-                f"{type(self).__name__}: warm-up must be >= 0 and stop >= -1 (never) whole iterations, "
-                f"found {warmup_iters} and {stop_iter}."
-            )
         self.weight = weight
-        self.warmup_iters = warmup_iters
-        self.stop_iter = stop_iter
+        try:
+            self.schedule = Schedule(warmup_iters, stop_iter)
+        except ValueError as e:
+            raise ValueError(f"{type(self).__name__}: {e}") from None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> Dict:
@@ -102,19 +99,33 @@ class DistillationLoss(nn.Module):
         return f"loss_{self.name}"
 
     def factor(self, iteration: int) -> float:
-        """The factor of this loss at an iteration: warm-up, constant, off."""
-        if 0 <= self.stop_iter <= iteration:
-            return 0.0
-        if iteration < self.warmup_iters:
-            return self.weight * (iteration + 1) / self.warmup_iters
-        return self.weight
+        """The factor of this loss in the total at an iteration."""
+        return self.weight * self.schedule.factor(iteration)
 
-    def images_to_observe(self) -> int:
-        """How many images :meth:`observe` still wants to see before the first training step."""
-        return 0
+    def connect(self, student: nn.Module, teacher: nn.Module) -> None:
+        """
+        Called once by the Distiller, with both networks: builds what depends on them and was not given to
+        ``__init__`` (connectors), and refuses networks that the loss cannot work with. Subclasses extend it.
+
+        Raises:
+            ValueError: the loss needs taps and has none.
+        """
+        if self.needs_taps and not self.needs_regions and not self.student_taps:
+            raise ValueError(
+                f"{type(self).__name__} compares maps and has no taps: name at least one place in "
+                f"KD.{self.name.upper()}.STUDENT_TAPS, such as 'p3'."
+            )
+
+    def prepare(self, batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
+        """The student's inputs of a step in which the loss acts, before the student sees them."""
+        return batched_inputs
 
     def observe(self, teacher: List[Tensor], context) -> None:
-        """Take in the teacher's maps of a batch without training; see :meth:`images_to_observe`."""
+        """Take in the teacher's maps of a batch without training; see :meth:`kd_det.Distiller.calibrate`."""
+
+    def upgrade_state(self, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """A state dict of this loss that an older version saved, with the entries of this version."""
+        return state
 
     def pairs(
         self, student: List[Tensor], teacher: List[Tensor], context
@@ -136,10 +147,10 @@ class DistillationLoss(nn.Module):
         """
         Args:
             student: the maps at ``student_taps``, in order, each (N, Cs, Hs, Ws), with their graph. A tap on a module
-                that runs several times per image gives one map a call.
+                that runs several times an image gives one map a call.
             teacher: the maps at ``teacher_taps``, each (N, Ct, Ht, Wt), without a graph.
-            context (kd_det.features.context.StepContext): which positions hold image, the ground truth, and the sampled
-                regions.
+            context (kd_det.features.context.StepContext): which positions hold image, the ground truth, and the
+                sampled regions.
 
         Returns:
             A scalar, without the factor ``weight``.
@@ -147,14 +158,12 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement forward(student, teacher, context)")
 
 
-def tap_channels(arguments: Dict, student: nn.Module, teacher: nn.Module) -> Dict[str, List[int]]:
-    """``student_channels`` and ``teacher_channels`` at the taps in a loss' arguments, for losses with connectors."""
-    student_taps = arguments["student_taps"]
-    teacher_taps = arguments["teacher_taps"] or student_taps
-    return {
-        "student_channels": [tap_shape(student, tap, side="student").channels for tap in student_taps],
-        "teacher_channels": [tap_shape(teacher, tap, side="teacher").channels for tap in teacher_taps],
-    }
+def tap_channels(loss: DistillationLoss, student: nn.Module, teacher: nn.Module) -> Tuple[List[int], List[int]]:
+    """The student's and the teacher's channels at a loss' taps."""
+    return (
+        [tap_shape(student, tap, side="student").channels for tap in loss.student_taps],
+        [tap_shape(teacher, tap, side="teacher").channels for tap in loss.teacher_taps],
+    )
 
 
 def loss_class(name: str):
@@ -168,12 +177,60 @@ def loss_class(name: str):
     for candidate in (name, f"{name}Loss"):
         if candidate in registered:
             return registered[candidate]
-    raise ValueError(unknown_name("distillation loss", name, registered))
+    short = sorted(name.removesuffix("Loss") for name in registered)
+    raise ValueError(f"{unknown_name('distillation loss', name, short, most=len(short))} {IMPORT_HINT}")
 
 
 def build_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> List[DistillationLoss]:
-    """The losses of ``KD.LOSSES`` whose weight is not 0."""
-    return [cls(cfg, student, teacher) for cls in enabled_loss_classes(cfg)]
+    """
+    The losses of ``KD.LOSSES`` whose weight is not 0.
+
+    Raises:
+        ValueError: see :func:`enabled_loss_classes`; or a config key of a loss that its ``from_config`` does not read.
+    """
+    return [_build_loss(cls, cfg, student, teacher) for cls in enabled_loss_classes(cfg)]
+
+
+def _build_loss(cls: type, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> "DistillationLoss":
+    name = cls.name.upper()
+    node = _WatchedNode(cfg.KD[name])
+    watched = cfg.clone()
+    dict.__setitem__(watched.KD, name, node)
+    loss = cls(watched, student, teacher)
+    unread = sorted(set(cfg.KD[name]) - node.read)
+    if unread:
+        raise ValueError(
+            f"{cls.__name__} does not read {', '.join(f'KD.{name}.{key}' for key in unread)}, so the value would be "
+            f"ignored: its from_config(cls, cfg, student, teacher) must hand it to __init__."
+        )
+    return loss
+
+
+class _Names(set):
+    def __deepcopy__(self, memo):
+        return self  # reading a clone of the config is reading
+
+
+class _WatchedNode(CfgNode):
+    """A node that remembers which of its keys were read; iterating reads them all."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__["read"] = _Names()
+
+    def __getitem__(self, key: str):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default=None):
+        return self[key] if key in self else default
+
+    def __iter__(self):
+        self.read.update(self.keys())
+        return super().__iter__()
+
+    def items(self):
+        return [(key, self[key]) for key in self.keys()]
 
 
 def enabled_loss_classes(cfg: CfgNode) -> List[type]:

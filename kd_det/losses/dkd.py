@@ -1,15 +1,21 @@
 """DKD, decoupled knowledge distillation: arXiv 2203.08679."""
 
+from typing import Tuple
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
+from kd_det.losses._ranks import share_of_samples
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.logits import LogitLoss
 
 __all__ = ["DKDLoss", "dkd_loss"]
+
+# A logarithm of a probability that is 0, and a logit of a class that is left out: differences of two are 0, not NaN.
+_LOW = -1e30
 
 
 @full_precision
@@ -30,7 +36,8 @@ def dkd_loss(
     Args:
         student_logits: (N, K).
         teacher_logits: (N, K); is detached.
-        labels: (N,), integers in [0, K).
+        labels: (N,), integers in [0, K). As in torch's cross-entropy, another one is a RuntimeError on a CPU and an
+            assertion of the device on a GPU.
         alpha, beta: weights of the two parts.
         temperature: T > 0.
 
@@ -38,7 +45,7 @@ def dkd_loss(
         A scalar; 0 for an empty batch.
 
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not positive, or a label out of range.
+        ValueError: shapes that do not fit, or a temperature that is not positive.
     """
     student, teacher = to_float("dkd_loss", student_logits, teacher_logits)
     if student.dim() != 2 or student.shape != teacher.shape or labels.shape != student.shape[:1]:
@@ -50,35 +57,32 @@ def dkd_loss(
         raise ValueError(f"dkd_loss: the temperature must be a positive number, found {temperature}.")
     if student.numel() == 0:
         return zero_loss(student)
-    classes = student.shape[1]
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"dkd_loss: labels must be in [0, {classes}), found {labels.min().item()} to {labels.max().item()}."
-        )
-    is_label = F.one_hot(labels.long(), classes).bool()
-    parts = [_decouple(logits / temperature, is_label) for logits in (student, teacher)]
+    label = labels.long()[:, None]
+    is_label = torch.zeros_like(student, dtype=torch.bool).scatter_(1, label, True)
+    parts = [_decouple(logits / temperature, label, is_label) for logits in (student, teacher)]
     target, others = (
         F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1).mean() for log_s, log_t in zip(*parts)
     )
     return temperature * temperature * (alpha * target + beta * others)
 
 
-def _decouple(logits: Tensor, is_label: Tensor):
-    """Log-probabilities (N, 2) of the label and of any other class, and (N, K - 1) of the others among themselves."""
+def _decouple(logits: Tensor, label: Tensor, is_label: Tensor) -> Tuple[Tensor, Tensor]:
+    """
+    Log-probabilities (N, 2) of the label and of any other class, and (N, K) of the others among themselves, where the
+    label's own is so low that it counts nothing.
+    """
     log_p = F.log_softmax(logits, dim=1)
-    others = logits[~is_label].view(len(logits), -1)
-    # By logsumexp, as 1 - p loses all digits of a confident prediction.
-    log_rest = torch.logsumexp(log_p[~is_label].view(len(logits), -1), dim=1)
-    # A single class leaves no other: probability 0, which costs nothing in both networks.
-    log_rest = log_rest.clamp(min=-1e30)
-    return torch.stack([log_p[is_label], log_rest], dim=1), F.log_softmax(others, dim=1)
+    # By logsumexp, as 1 - p loses all digits of a confident prediction. A low number instead of -inf, so that a single
+    # class, which leaves no other, costs nothing and has a gradient of 0.
+    log_rest = torch.logsumexp(log_p.masked_fill(is_label, _LOW), dim=1, keepdim=True)
+    return torch.cat([log_p.gather(1, label), log_rest], dim=1), F.log_softmax(logits.masked_fill(is_label, _LOW), 1)
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
 class DKDLoss(LogitLoss):
     """
     :func:`dkd_loss` on the logits of the regions that the student samples, labelled by its own matcher (background
-    is the last class), averaged over the stages of the box head. Reads no taps.
+    is the last class), averaged over the samples of all ranks and the stages of the box head. Reads no taps.
     """
 
     name = "dkd"
@@ -106,9 +110,7 @@ class DKDLoss(LogitLoss):
     def forward(self, student, teacher, context):
         pairs = self.logit_pairs(student, teacher, context)
         total = 0.0
-        for stage, (s, t) in enumerate(pairs):
-            targets = context.region_targets(stage)
-            labels = torch.full((len(s),), s.shape[1] - 1, device=s.device)
-            labels[targets.index] = targets.classes
-            total = total + dkd_loss(s, t, labels, **self.options)
+        for stage, (s, t, _) in enumerate(pairs):
+            mean = dkd_loss(s, t, context.region_targets(stage).classes, **self.options)
+            total = total + share_of_samples(len(s), s.device) * mean
         return total / len(pairs)

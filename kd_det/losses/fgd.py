@@ -5,14 +5,15 @@ Shapes: maps are (N, C, H, W); G boxes in an image.
 """
 
 from collections.abc import Sequence
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from kd_det.features.context import valid_mask
 from kd_det.losses._blocks import squared_error
-from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
 from kd_det.losses.connected import ConnectedLoss
 
@@ -64,46 +65,70 @@ def fgd_loss(
         raise ValueError(f"fgd_loss: the temperature must be a positive number, found {temperature}.")
     if maps.empty:
         return zero_loss(maps.student)
-    student, teacher, invalid = maps.student, maps.teacher, maps.invalid
-    if invalid is not None:
-        student, teacher = student.masked_fill(invalid, 0), teacher.masked_fill(invalid, 0)
-    spatial_s, channel_s = _attention(student, temperature, invalid, maps.positions())
-    spatial_t, channel_t = _attention(teacher, temperature, invalid, maps.positions())
+    mask = None if maps.valid is None else maps.valid[:, 0].cpu()
+    weights = _region_weights(boxes, canvas, maps.student.shape[2:], mask, alpha, beta).to(maps.student)
+    student, teacher = _without_padding(maps)
+    return _focal(student, teacher, maps, weights, temperature, gamma)
 
-    foreground = torch.stack([_foreground(b, canvas, student.shape[2:]) for b in boxes]).to(student)
-    background = (foreground == 0).to(student)
-    if invalid is not None:
-        foreground, background = (x.masked_fill(invalid[:, 0], 0) for x in (foreground, background))
-    background = background / background.sum((1, 2), keepdim=True).clamp(min=1)
-    weights = spatial_t.view_as(foreground) * (alpha * foreground + beta * background)
-    focal = ((student - teacher).square() * weights[:, None]).sum((2, 3)) * channel_t
-    attention = (channel_s - channel_t).abs().sum() + (spatial_s - spatial_t).abs().sum()
-    return (focal.sum() + gamma * attention) / len(student)
+
+def _without_padding(maps: Maps) -> Tuple[Tensor, Tensor]:
+    if maps.valid is None:
+        return maps.student, maps.teacher
+    return maps.student.masked_fill(maps.invalid, 0), maps.teacher.masked_fill(maps.invalid, 0)
+
+
+def _focal(student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float) -> Tensor:
+    """
+    Args:
+        student, teacher: those of ``maps``, 0 where it holds no image.
+        weights: (N, H, W), see :func:`_region_weights`.
+    """
+    n, c = student.shape[:2]
+    positions = maps.positions()
+    spatial_s, channel_s = _attention(student, temperature, maps.invalid, positions)
+    spatial_t, channel_t = _attention(teacher, temperature, maps.invalid, positions)
+    # Attentions have a mean of 1 as published: these probabilities are multiplied by the number of entries.
+    weights = (spatial_t * weights.flatten(1) * positions[:, None])[:, :, None]
+    error = (student - teacher).square().flatten(2) @ weights
+    spatial = (spatial_s - spatial_t).abs().sum(1).dot(positions)
+    channel = (channel_s - channel_t).abs().sum()
+    return ((error[:, :, 0] * channel_t).sum() * c + gamma * (spatial + c * channel)) / n
 
 
 def _attention(x: Tensor, temperature: float, invalid: Optional[Tensor], positions: Tensor) -> Tuple[Tensor, Tensor]:
-    """
-    Attention over positions (N, H W) and over channels (N, C): softmaxes of mean magnitudes, times the number of
-    entries so that their mean is 1.
-    """
+    """Softmaxes of mean magnitudes over positions, (N, H W), and over channels, (N, C)."""
     magnitude = x.abs()
     over_positions = magnitude.mean(1).flatten(1) / temperature
     if invalid is not None:
         over_positions = over_positions.masked_fill(invalid.flatten(1), torch.finfo(x.dtype).min)
-    over_channels = magnitude.sum((2, 3)) / positions[:, None] / temperature
-    return positions[:, None] * over_positions.softmax(1), x.shape[1] * over_channels.softmax(1)
+    over_channels = magnitude.sum((2, 3)) / (temperature * positions[:, None])
+    return over_positions.softmax(1), over_channels.softmax(1)
 
 
-def _foreground(boxes: Tensor, canvas: Tuple[int, int], size: Tuple[int, int]) -> Tensor:
-    """(H, W): 1 / area, in positions, of the smallest box that a position lies in; 0 outside of all."""
-    mask = torch.zeros(size)
+def _region_weights(
+    boxes: Sequence[Tensor],
+    canvas: Tuple[int, int],
+    size: Tuple[int, int],
+    valid: Optional[Tensor],
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    """
+    (N, H, W), on the host: alpha / area, in positions, of the smallest box that a position lies in; beta / (number of
+    such positions) outside of all boxes; 0 where there is no image.
+    """
+    foreground = torch.zeros(len(boxes), *size)
     scale = torch.tensor([size[1] / canvas[1], size[0] / canvas[0]]).repeat(2)
-    boxes = boxes.detach().float().cpu() * scale
-    for (x1, y1), (x2, y2) in zip(boxes[:, :2].floor().long().tolist(), boxes[:, 2:].ceil().long().tolist()):
-        # Both ends belong to the box, as in the published code.
-        inside = mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1]
-        inside.clamp_(min=1 / ((y2 + 1 - y1) * (x2 + 1 - x1)))
-    return mask
+    for mask, image_boxes in zip(foreground, boxes):
+        scaled = image_boxes.detach().float().cpu() * scale
+        for (x1, y1), (x2, y2) in zip(scaled[:, :2].floor().long().tolist(), scaled[:, 2:].ceil().long().tolist()):
+            # Both ends belong to the box, as in the published code.
+            inside = mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1]
+            inside.clamp_(min=1 / ((y2 + 1 - y1) * (x2 + 1 - x1)))
+    background = foreground == 0
+    if valid is not None:
+        foreground, background = foreground * valid, background & valid
+    return alpha * foreground + beta * background / background.sum((1, 2), keepdim=True).clamp(min=1)
 
 
 class _GlobalContext(nn.Module):
@@ -123,9 +148,7 @@ class _GlobalContext(nn.Module):
         nn.init.zeros_(self.transform[-1].bias)
 
     def forward(self, x: Tensor, invalid: Optional[Tensor]) -> Tensor:
-        """(N, C, H, W) to (N, C)."""
-        if invalid is not None:
-            x = x.masked_fill(invalid, 0)
+        """(N, C, H, W), finite where it is invalid, to (N, C)."""
         x = x.flatten(2)
         logits = self.attention.weight @ x + self.attention.bias
         if invalid is not None:
@@ -146,7 +169,6 @@ class FGDLoss(ConnectedLoss):
     def __init__(
         self,
         *,
-        teacher_channels: Sequence[int],
         temperature: float = 0.5,
         alpha: float = 5e-5,
         beta: float = 2.5e-5,
@@ -156,15 +178,17 @@ class FGDLoss(ConnectedLoss):
     ):
         """
         Args:
-            teacher_channels: one number a tap.
             temperature, alpha, beta, gamma: see :func:`fgd_loss`.
             relation: lambda, the weight of the global relation.
             kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(teacher_channels=teacher_channels, **kwargs)
+        super().__init__(**kwargs)
         self.options = {"temperature": temperature, "alpha": alpha, "beta": beta, "gamma": gamma}
         fgd_loss(NO_IMAGES, NO_IMAGES, (), (1, 1), **self.options)  # checks the options
         self.relation = relation
+
+    def build(self, student_channels, teacher_channels):
+        super().build(student_channels, teacher_channels)
         self.student_contexts, self.teacher_contexts = (
             nn.ModuleList(_GlobalContext(channels) for channels in teacher_channels) for _ in range(2)
         )
@@ -178,18 +202,32 @@ class FGDLoss(ConnectedLoss):
 
     def forward(self, student, teacher, context):
         boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
-        total = 0.0
-        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, context)):
-            s = self.connectors[level](s)
-            total = total + fgd_loss(s, t, boxes, context.canvas, valid=valid, **self.options)
-            total = total + self.relation * self._global_relation(level, s, t, valid)
-        return total
+        pairs = self.connected_pairs(student, teacher, context)
+        levels = [match_maps("FGDLoss", *pair, same_channels=True) for pair in pairs]
+        if levels[0].empty:
+            return sum(zero_loss(maps.student) for maps in levels)
+        return self._sum_of_levels(levels, self._weights(levels, boxes, context))
+
+    def _weights(self, levels: Sequence[Maps], boxes: Sequence[Tensor], context) -> List[Tensor]:
+        """:func:`_region_weights` of every level, copied to the device all at once."""
+        made = []
+        for maps in levels:
+            size = tuple(maps.student.shape[2:])
+            valid = None if maps.valid is None else valid_mask(context.image_sizes, context.canvas, size)[:, 0]
+            made.append(
+                _region_weights(boxes, context.canvas, size, valid, self.options["alpha"], self.options["beta"])
+            )
+        flat = torch.cat([weights.flatten() for weights in made]).to(levels[0].student)
+        return [x.view(w.shape) for x, w in zip(flat.split([w.numel() for w in made]), made)]
 
     @full_precision
-    def _global_relation(self, level: int, student: Tensor, teacher: Tensor, valid: Optional[Tensor]) -> Tensor:
-        maps = match_maps("FGDLoss", student, teacher, valid, same_channels=True)
-        own = self.student_contexts[level](maps.student, maps.invalid)
-        difference = own - self.teacher_contexts[level](maps.teacher, maps.invalid)
-        weights = maps.student.new_full((len(own),), 1 / len(own))
-        shifted = maps.student + difference[:, :, None, None]
-        return squared_error(shifted, maps.teacher, weights, maps.invalid)
+    def _sum_of_levels(self, levels: Sequence[Maps], weights: Sequence[Tensor]) -> Tensor:
+        total = 0.0
+        for level, (maps, level_weights) in enumerate(zip(levels, weights)):
+            s, t = _without_padding(maps)
+            focal = _focal(s, t, maps, level_weights, self.options["temperature"], self.options["gamma"])
+            contexts = self.student_contexts[level](s, maps.invalid), self.teacher_contexts[level](t, maps.invalid)
+            shifted = s + (contexts[0] - contexts[1])[:, :, None, None]
+            each = s.new_full((len(s),), 1 / len(s))
+            total = total + focal + self.relation * squared_error(shifted, t, each, maps.invalid)
+        return total

@@ -1,6 +1,6 @@
 """MGD, masked generative distillation: arXiv 2205.01529."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -72,16 +72,18 @@ class MGDLoss(ConnectedLoss):
     name = "mgd"
 
     @configurable
-    def __init__(self, *, teacher_channels: Sequence[int], mask_ratio: float = 0.45, **kwargs):
+    def __init__(self, *, mask_ratio: float = 0.45, **kwargs):
         """
         Args:
-            teacher_channels: one number a tap.
             mask_ratio: see :func:`mgd_loss`.
             kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(teacher_channels=teacher_channels, **kwargs)
+        super().__init__(**kwargs)
         mgd_loss(NO_IMAGES, NO_IMAGES, nn.Identity(), mask_ratio=mask_ratio)  # checks the ratio
         self.mask_ratio = mask_ratio
+
+    def build(self, student_channels, teacher_channels):
+        super().build(student_channels, teacher_channels)
         self.generations = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1))
             for c in teacher_channels
@@ -92,8 +94,7 @@ class MGDLoss(ConnectedLoss):
         return {**super().from_config(cfg, student, teacher), "mask_ratio": cfg.KD.MGD.MASK_RATIO}
 
     def forward(self, student, teacher, context):
-        pairs = zip(self.connectors, self.generations, self.pairs(student, teacher, context))
+        pairs = zip(self.generations, self.connected_pairs(student, teacher, context))
         return sum(
-            mgd_loss(connector(s), t, generation, mask_ratio=self.mask_ratio, valid=valid)
-            for connector, generation, (s, t, valid) in pairs
+            mgd_loss(s, t, generation, mask_ratio=self.mask_ratio, valid=valid) for generation, (s, t, valid) in pairs
         )

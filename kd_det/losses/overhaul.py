@@ -2,6 +2,7 @@
 OFD, a comprehensive overhaul of feature distillation: arXiv 1904.01866. All maps are pre-activation.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Optional
@@ -20,6 +21,8 @@ from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
 
 __all__ = ["OverhaulLoss", "margin_from_norm", "margin_relu", "overhaul_loss", "partial_l2_loss"]
+
+logger = logging.getLogger(__name__)
 
 _REDUCTIONS = ("position", "sum")
 
@@ -221,7 +224,6 @@ class OverhaulLoss(ConnectedLoss):
     def __init__(
         self,
         *,
-        teacher_channels: Sequence[int],
         margin: str | Sequence[tuple[Tensor, Tensor]] = "calibrated",
         calibration_images: int = 64,
         connector_norm: str = "BN",
@@ -230,33 +232,45 @@ class OverhaulLoss(ConnectedLoss):
     ):
         """
         Args:
-            teacher_channels: one number a tap.
-            margin: "calibrated": the mean of the negative responses over ``calibration_images`` images, before step 0.
-                "running": over all images seen so far. Or (weight, bias) of the norm layer behind each teacher tap,
-                for the closed form of :func:`margin_from_norm`.
+            margin: "calibrated": the mean of the negative responses to the first ``calibration_images`` training images
+                of all ranks, measured in the steps that train on them (or see :meth:`kd_det.Distiller.calibrate`).
+                "running": to all images so far. Or (weight, bias) of the norm layer behind each teacher tap, for the
+                closed form of :func:`margin_from_norm`.
             calibration_images: see ``margin``.
             connector_norm: a norm of Detectron2: "BN", as in the paper, "SyncBN", ...
             reduction: see :func:`overhaul_loss`.
             kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(teacher_channels=teacher_channels, connector_norm=connector_norm, **kwargs)
+        super().__init__(connector_norm=connector_norm, **kwargs)
         _check_reduction(type(self).__name__, reduction)
-        self.margins = nn.ModuleList(Margin(channels) for channels in teacher_channels)
-        if isinstance(margin, str):
-            if margin not in ("calibrated", "running"):
-                raise ValueError(
-                    f"OverhaulLoss: margin must be 'calibrated', 'running' or the norms' parameters, found {margin!r}."
-                )
-            if calibration_images < 1:
-                raise ValueError(f"OverhaulLoss: calibration_images must be at least 1, found {calibration_images}.")
-        else:
-            for buffers, (weight, bias) in zip(self.margins, margin):
-                buffers.value.copy_(margin_from_norm(weight, bias))
-                buffers.count.fill_(1)
-        self._calibrates = margin == "calibrated"
-        self._runs = margin == "running"
-        self.calibration_images = calibration_images
+        if isinstance(margin, str) and margin not in ("calibrated", "running"):
+            raise ValueError(
+                f"OverhaulLoss: margin must be 'calibrated', 'running' or the norms' parameters, found {margin!r}."
+            )
+        if calibration_images < 1:
+            raise ValueError(f"OverhaulLoss: calibration_images must be at least 1, found {calibration_images}.")
         self.reduction = reduction
+        wanted = {"calibrated": calibration_images, "running": math.inf}
+        self.calibration_images = wanted[margin] if isinstance(margin, str) else 0
+        # How many images the margins were measured on: in a buffer, to be saved, and as a number of the host, which
+        # can be compared without waiting for a device.
+        self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
+        self._observed = 0
+        self._closed_form = None if isinstance(margin, str) else margin
+        if self._is_built:
+            self._set_closed_form()
+
+    def build(self, student_channels, teacher_channels):
+        super().build(student_channels, teacher_channels)
+        self.margins = nn.ModuleList(Margin(channels) for channels in teacher_channels)
+
+    def connect(self, student, teacher):
+        super().connect(student, teacher)
+        self._set_closed_form()
+
+    def _set_closed_form(self) -> None:
+        for margin, (weight, bias) in zip(self.margins, self._closed_form or ()):
+            margin.value.copy_(margin_from_norm(weight, bias))
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
@@ -275,17 +289,38 @@ class OverhaulLoss(ConnectedLoss):
             "reduction": node.REDUCTION,
         }
 
-    def images_to_observe(self) -> int:
-        uncalibrated = self._calibrates and not all(bool(margin.count.any()) for margin in self.margins)
-        return self.calibration_images if uncalibrated else 0
-
     def observe(self, teacher, context):
+        if self._observed >= self.calibration_images:
+            return
         for margin, features in zip(self.margins, teacher):
             margin.observe(features, context.valid(features))
+        self._observed += len(context.image_sizes) * comm.get_world_size()
+        self.observed.fill_(self._observed)
+        if self._observed >= self.calibration_images:
+            self._report_calibration()
+
+    def _report_calibration(self) -> None:
+        never = [tap for tap, margin in zip(self.teacher_taps, self.margins) if not bool(margin.count.any())]
+        if never:
+            logger.warning(
+                f"{type(self).__name__}: the teacher is never negative at {', '.join(never)}, so the margin there is "
+                f"0. OFD reads pre-activations, such as 'res4.pre_activation'."
+            )
+        logger.info(f"{type(self).__name__}: margins calibrated on {self._observed} images.")
+
+    def upgrade_state(self, state):
+        if "observed" not in state:  # kd_det 0.1.0 calibrated before the first step
+            calibrated = any(value.any() for key, value in state.items() if key.endswith("count"))
+            wanted = self.calibration_images if math.isfinite(self.calibration_images) else 1
+            state = {**state, "observed": torch.tensor(wanted if calibrated else 0)}
+        return state
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._observed = int(self.observed)
 
     def forward(self, student, teacher, context):
-        if self._runs:
-            self.observe(teacher, context)
+        self.observe(teacher, context)
         total = 0.0
         for level, (s, t, valid) in enumerate(self.pairs(student, teacher, context)):
             term = overhaul_loss(

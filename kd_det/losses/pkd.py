@@ -1,12 +1,14 @@
 """PKD, general distillation framework for object detectors via Pearson correlation coefficient: arXiv 2207.02039."""
 
-import functools
 from typing import Optional
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from kd_det.losses._ranks import mean_over_ranks, peak_over_ranks
+from kd_det.losses._ranks import max_over_ranks, sum_over_ranks
 from kd_det.losses._spatial import full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
@@ -37,27 +39,48 @@ def pkd_loss(student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = None
     maps = match_maps("pkd_loss", student, teacher, valid, same_channels=True)
     if maps.empty:
         return zero_loss(maps.student)
-    channels, positions = (x.transpose(0, 1).flatten(1) for x in (maps.student, maps.teacher)), None
-    if maps.valid is not None:
-        positions = maps.valid.flatten()
-        channels = (x[:, positions] for x in channels)
-    student, teacher = (_standardise(x, all_ranks) for x in channels)
-    return (student - teacher).square().sum() / (2 * max(1, student.numel()))
+    return _OneMinusCorrelation.apply(maps.student, maps.teacher, maps.valid, all_ranks)
 
 
-def _standardise(x: Tensor, all_ranks: bool) -> Tensor:
-    """(C, P) to mean 0 and variance 1 (of the population) per channel; a constant channel to 0, without gradient."""
-    if x.shape[1] == 0 and not all_ranks:
-        return x
-    # Pearson's correlation does not depend on the scale, so the peak needs no gradient.
-    peak = peak_over_ranks(x) if all_ranks else x.detach().abs().amax(1, keepdim=True)
-    mean = mean_over_ranks if all_ranks else functools.partial(torch.mean, dim=1, keepdim=True)
-    x = x / peak.clamp(min=torch.finfo(x.dtype).tiny)
-    x = x - mean(x)
-    variance = mean(x.square())
-    # Below the rounding of the mean, nothing is left but noise.
-    varies = variance > (4 * torch.finfo(x.dtype).eps) ** 2
-    return x * (varies * torch.where(varies, variance, 1).rsqrt())
+class _OneMinusCorrelation(Function):
+    """
+    With z the standardised maps, n the positions of a channel and r its correlation, the gradient of
+    ``mean_c |z_s - z_t|^2 / 2 n`` by the student is ``(r z_s - z_t) / (C n sigma_s)``: it is known once the value is.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, valid: Optional[Tensor], all_ranks: bool) -> Tensor:
+        sum_up, peak_of = (sum_over_ranks, max_over_ranks) if all_ranks else (lambda x: x, lambda x: x)
+        n, c, h, w = student.shape
+        s, t = (x.clone() if valid is None else x.masked_fill(~valid, 0) for x in (student, teacher))
+        # The correlation does not depend on the scale: this keeps squares from under- and overflow.
+        peaks = peak_of(torch.stack([torch.linalg.vector_norm(x, torch.inf, (0, 2, 3)) for x in (s, t)]))
+        peaks = peaks.clamp(min=torch.finfo(s.dtype).tiny)
+        for x, peak in zip((s, t), peaks):
+            x.div_(peak[:, None, None])
+        positions = s.new_full((c,), n * h * w) if valid is None else valid.sum().to(s.dtype).expand(c)
+        sums = sum_up(torch.stack([s.sum((0, 2, 3)), t.sum((0, 2, 3)), positions]))
+        count = sums[2].clamp(min=1)
+        for x, mean in zip((s, t), sums[:2] / count):
+            x.sub_(mean[:, None, None])
+            if valid is not None:
+                x.masked_fill_(~valid, 0)
+        products = sum_up(torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((s, s), (t, t), (s, t))])) / count
+        # Below the rounding of the mean, nothing is left but noise: such a channel is constant.
+        varies = products[:2] > (4 * torch.finfo(s.dtype).eps) ** 2
+        inverse = varies * torch.where(varies, products[:2], 1).rsqrt()
+        correlation = products[2] * inverse[0] * inverse[1]
+        s.mul_((correlation * inverse[0])[:, None, None]).sub_(t.mul_(inverse[1][:, None, None]))
+        # DDP averages the ranks' gradients, and each rank has its own positions only.
+        scale = inverse[0] / (peaks[0] * count) * ((comm.get_world_size() if all_ranks else 1) / c)
+        ctx.save_for_backward(s.mul_(scale[:, None, None]))
+        return (varies.sum(0) / 2 - correlation).mean().clamp(min=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
@@ -67,6 +90,5 @@ class PKDLoss(ConnectedLoss):
     name = "pkd"
 
     def forward(self, student, teacher, context):
-        pairs = self.pairs(student, teacher, context)
-        maps = ((c(s), t, valid) for c, (s, t, valid) in zip(self.connectors, pairs))
-        return sum(pkd_loss(s, t, valid=valid, all_ranks=True) for s, t, valid in maps)
+        pairs = self.connected_pairs(student, teacher, context)
+        return sum(pkd_loss(s, t, valid=valid, all_ranks=True) for s, t, valid in pairs)

@@ -1,7 +1,7 @@
 """ReviewKD, distilling knowledge via knowledge review: arXiv 2104.09044."""
 
 from collections.abc import Sequence
-from typing import List, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,10 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from kd_det.features.connectors import build_connector
-from kd_det.losses._spatial import full_precision, match_maps, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, tap_channels
-from kd_det.losses.hint import hint_loss
+from kd_det.features.context import valid_sizes
+from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.connected import ConnectedLoss
 
 __all__ = ["ReviewKDLoss", "hierarchical_context_loss"]
 
@@ -26,6 +27,7 @@ def hierarchical_context_loss(
     teacher_levels: Sequence[Tensor],
     *,
     valid: Optional[Sequence[Optional[Tensor]]] = None,
+    valid_sizes: Optional[Sequence[Sequence[Tuple[int, int]]]] = None,
 ) -> Tensor:
     """
     Mean squared error of whole maps and of maps average-pooled to 4x4, 2x2 and 1x1 (section 3.3), with the weights 1,
@@ -37,6 +39,8 @@ def hierarchical_context_loss(
         teacher_levels: as many maps (N, C, Ht, Wt); are detached. The larger map is average-pooled to the smaller.
         valid: for each level None or bool (N, 1, H, W), whose true positions are a rectangle from the first row and
             column on: pooling cuts this rectangle and not the padded map.
+        valid_sizes: for each level, height and width of each image's rectangle at the smaller map. None: they are read
+            from the masks, for which the host waits.
 
     Returns:
         A scalar, averaged over images; 0 for an empty batch.
@@ -51,34 +55,78 @@ def hierarchical_context_loss(
             f"{name}: needs one teacher level (and mask) for each student level, found {len(student_levels)} of the "
             f"student, {len(teacher_levels)} of the teacher and {len(valid)} masks."
         )
+    levels = [match_maps(name, *level, same_channels=True) for level in zip(student_levels, teacher_levels, valid)]
+    if levels[0].empty:
+        return sum(zero_loss(maps.student) for maps in levels)
+    if valid_sizes is None:
+        valid_sizes = [_valid_sizes(maps) for maps in levels]
     total = 0.0
-    for student, teacher, mask in zip(student_levels, teacher_levels, valid):
-        maps = match_maps(name, student, teacher, mask, same_channels=True)
-        if maps.empty:
-            total = total + zero_loss(maps.student)
-        elif maps.valid is None:
-            total = total + _level_loss(maps.student, maps.teacher)
-        else:
-            images = [
-                _level_loss(*(_valid_part(x[i], maps.valid[i, 0]) for x in (maps.student, maps.teacher)))
-                for i in range(len(maps.student))
-            ]
-            total = total + sum(images) / len(images)
+    for maps, pooling in zip(levels, _poolings(levels, valid_sizes)):
+        difference = maps.student - maps.teacher
+        if maps.valid is not None:
+            difference.masked_fill_(maps.invalid, 0)
+        # Pooling is linear, so the pooled maps' difference is the pooled difference: columns first, then rows.
+        n, c, h, w = difference.shape
+        pooled = (difference.flatten(1, 2) @ pooling.columns).view(n, c, h, -1)
+        pooled = pooling.rows @ pooled.transpose(1, 2).flatten(2)
+        total = total + pooling.whole.dot(difference.square().sum((1, 2, 3)))
+        total = total + (pooled.unflatten(2, (c, -1)).square() * pooling.bins).sum()
     return total
 
 
-def _valid_part(image: Tensor, mask: Tensor) -> Tensor:
-    height, width = (int(mask.any(dim=dim).sum()) for dim in (1, 0))
-    return image[None, :, :height, :width]
+class _Pooling(NamedTuple):
+    """
+    Adaptive average pooling of a level to all sizes at once, by matrices: B is the number of the sizes' rows (or
+    columns) together.
+
+    Attributes:
+        columns: (N, W, B).
+        rows: (N, B, H).
+        bins: (N, B, 1, B), the factors of squares of pooled values; 0 where row and column are of two sizes.
+        whole: (N,), the factors of the images' sums of squares.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    bins: Tensor
+    whole: Tensor
 
 
-def _level_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    loss, weights = hint_loss(student, teacher), 1.0
-    for size, weight in _POOLED.items():
-        if size < min(student.shape[2:]):
-            pooled = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
-            loss, weights = loss + weight * hint_loss(*pooled), weights + weight
-    return loss / weights
+def _valid_sizes(maps: Maps) -> List[Tuple[int, int]]:
+    n, _, h, w = maps.student.shape
+    if maps.valid is None:
+        return [(h, w)] * n
+    mask = maps.valid[:, 0].cpu()
+    return list(zip(mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist()))
+
+
+def _poolings(levels: Sequence[Maps], valid_sizes: Sequence[Sequence[Tuple[int, int]]]) -> List[_Pooling]:
+    """Made on the host, and copied to the device all at once."""
+    made = [_pooling(tuple(maps.student.shape), sizes) for maps, sizes in zip(levels, valid_sizes)]
+    flat = torch.cat([x.flatten() for pooling in made for x in pooling]).to(levels[0].student)
+    parts = iter(flat.split([x.numel() for pooling in made for x in pooling]))
+    return [_Pooling(*(next(parts).view(x.shape) for x in pooling)) for pooling in made]
+
+
+def _pooling(shape: Tuple[int, int, int, int], sizes: Sequence[Tuple[int, int]]) -> _Pooling:
+    n, c, h, w = shape
+    bins = [(i, size) for size in _POOLED for i in range(size)]
+    index, size = torch.tensor(bins).unbind(1)
+    weights = torch.tensor([_POOLED[s] for _, s in bins], dtype=torch.float64)
+    heights, widths = torch.tensor(sizes)[:, :, None].unbind(1)
+
+    def averages(lengths: Tensor, positions: int) -> Tensor:
+        start, stop = index * lengths // size, -(-(index + 1) * lengths // size)
+        position = torch.arange(positions)
+        inside = (start[..., None] <= position) & (position < stop[..., None])
+        return inside / (stop - start).clamp(min=1).double()[..., None]
+
+    used = weights * (size < torch.minimum(heights, widths))
+    total = 1 + (used / size).sum(1)  # each size has as many bins as its number of rows
+    factors = used / (size * size) / total[:, None] / (n * c)
+    factors = torch.where(size[:, None] == size, factors[:, :, None], 0)
+    whole = 1 / (n * c * total * (heights * widths)[:, 0].clamp(min=1))
+    return _Pooling(averages(widths, w).mT.contiguous(), averages(heights, h), factors[:, :, None], whole)
 
 
 class _Fusion(nn.Module):
@@ -87,10 +135,10 @@ class _Fusion(nn.Module):
     position by position.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, mid_channels: int, *, norm: str, deepest: bool):
+    def __init__(self, student_channels: int, teacher_channels: int, mid_channels: int, *, deepest: bool, **connector):
         super().__init__()
-        self.reduce = build_connector(student_channels, mid_channels, norm=norm)
-        self.expand = build_connector(mid_channels, teacher_channels, norm=norm, kernel_size=3)
+        self.reduce = build_connector(student_channels, mid_channels, **connector)
+        self.expand = build_connector(mid_channels, teacher_channels, kernel_size=3, **connector)
         self.attention = None if deepest else Conv2d(2 * mid_channels, 2, kernel_size=1)
 
     def forward(self, x: Tensor, deeper: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -111,7 +159,7 @@ class _Fusion(nn.Module):
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class ReviewKDLoss(DistillationLoss):
+class ReviewKDLoss(ConnectedLoss):
     """
     :func:`hierarchical_context_loss` after the review: each level of the student is fused with its deeper ones before
     it is compared. Taps go from shallow to deep.
@@ -123,25 +171,25 @@ class ReviewKDLoss(DistillationLoss):
     def __init__(
         self,
         *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
         mid_channels: int = 256,
         connector_norm: str = "BN",
         **kwargs,
     ):
         """
         Args:
-            student_channels, teacher_channels: one number a tap.
             mid_channels: of the fused maps.
             connector_norm: a norm of Detectron2 behind each convolution; "": none.
-            kwargs: see :class:`DistillationLoss`.
+            kwargs: see :class:`ConnectedLoss`.
         """
-        super().__init__(**kwargs)
         if mid_channels < 1:
             raise ValueError(f"ReviewKDLoss: mid_channels must be at least 1, found {mid_channels}.")
+        object.__setattr__(self, "mid_channels", mid_channels)
+        super().__init__(connector_norm=connector_norm, **kwargs)
+
+    def build(self, student_channels, teacher_channels):
         deepest = len(self.student_taps) - 1
         self.fusions = nn.ModuleList(
-            _Fusion(cs, ct, mid_channels, norm=connector_norm, deepest=level == deepest)
+            _Fusion(cs, ct, self.mid_channels, deepest=level == deepest, **self.connector_options)
             for level, (cs, ct) in enumerate(zip(student_channels, teacher_channels))
         )
 
@@ -149,12 +197,7 @@ class ReviewKDLoss(DistillationLoss):
     def from_config(cls, cfg, student, teacher):
         ret = super().from_config(cfg, student, teacher)
         node = cfg.KD.REVIEW_KD
-        return {
-            **ret,
-            **tap_channels(ret, student, teacher),
-            "mid_channels": node.MID_CHANNELS,
-            "connector_norm": node.CONNECTOR_NORM,
-        }
+        return {**ret, "mid_channels": node.MID_CHANNELS}
 
     def forward(self, student, teacher, context):
         pairs = self.pairs(student, teacher, context)
@@ -163,4 +206,11 @@ class ReviewKDLoss(DistillationLoss):
         for fusion, (s, _, _) in zip(reversed(self.fusions), reversed(pairs)):
             level, fused = fusion(s, fused)
             levels.insert(0, level)
-        return hierarchical_context_loss(levels, [t for _, t, _ in pairs], valid=[valid for _, _, valid in pairs])
+        targets = [t for _, t, _ in pairs]
+        sizes = [tuple(map(min, s.shape[2:], t.shape[2:])) for s, t in zip(levels, targets)]
+        return hierarchical_context_loss(
+            levels,
+            targets,
+            valid=[valid for _, _, valid in pairs],
+            valid_sizes=[valid_sizes(context.image_sizes, context.canvas, size) for size in sizes],
+        )

@@ -4,6 +4,7 @@ import logging
 import os
 from typing import List, Optional
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
@@ -16,7 +17,7 @@ from kd_det.errors import unknown_name
 from kd_det.student import student_class
 from kd_det.teachers.feature_teacher import configure_feature_teacher
 from kd_det.teachers.networks import NETWORK_SOURCES
-from kd_det.weights.checkpoint import load_strictly
+from kd_det.weights.strict import load_strictly
 
 __all__ = ["build_teacher", "build_teacher_architecture", "get_teacher_cfg", "load_teacher"]
 
@@ -30,7 +31,8 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     has (a project's own) start from the student's values.
 
     Raises:
-        ValueError: no config, an unknown file or zoo name (says the nearest), or no weights.
+        FileNotFoundError: an unknown file or zoo name; lists the nearest.
+        ValueError: no config, or no weights.
     """
     name = cfg.KD.TEACHER.CONFIG_FILE
     if not name:
@@ -91,6 +93,19 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     return model.to(teacher_cfg.MODEL.DEVICE).eval().requires_grad_(False)
 
 
+def teacher_dtype(cfg: CfgNode) -> torch.dtype:
+    """
+    ``KD.TEACHER.DTYPE``.
+
+    Raises:
+        ValueError: another name than float32, bfloat16 or float16.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if cfg.KD.TEACHER.DTYPE not in known:
+        raise ValueError(unknown_name("KD.TEACHER.DTYPE", cfg.KD.TEACHER.DTYPE, known))
+    return known[cfg.KD.TEACHER.DTYPE]
+
+
 def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
     """
     The network of :func:`get_teacher_cfg`, without its weights.
@@ -126,7 +141,7 @@ def _zoo_config_file(name: str) -> str:
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
-        raise ValueError(
+        raise FileNotFoundError(
             f"KD.TEACHER.CONFIG_FILE {name!r} is neither a file nor in Detectron2's model zoo. "
             + unknown_name("model-zoo name", name, _zoo_names())
         ) from None

@@ -1,14 +1,61 @@
-"""A frozen network run on the student's batches, only as deep as its taps are read."""
+"""A frozen network run on the student's batches, before the student's own layers and only as deep as it is read."""
 
-from typing import Dict, List, Sequence, Tuple
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from kd_det.features.regions import RegionHead
 from kd_det.features.taps import Taps
 
-__all__ = ["Teacher", "pixel_gradients", "with_pixel_gradients"]
+__all__ = ["Teacher", "TeacherMaps", "check_teacher"]
+
+
+class TeacherMaps(NamedTuple):
+    """
+    What a teacher computed for a batch.
+
+    Attributes:
+        features: the maps at every tap, one for each time its module ran; they cover the canvas.
+        outputs: the outputs of the backbone, on the teacher's own padding.
+        canvas: height and width of the student's padded batch.
+    """
+
+    features: Dict[str, List[Tensor]]
+    outputs: Dict[str, Tensor]
+    canvas: Tuple[int, int]
+
+
+def check_teacher(model: nn.Module, input_format: Optional[str]) -> None:
+    """
+    Whether a network can teach.
+
+    Args:
+        model: the teacher.
+        input_format: channel order of the student's images.
+
+    Raises:
+        ValueError: it has no backbone, no normalisation or no channel order, or wants images of other colours.
+    """
+    name = type(model).__name__
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        raise ValueError(f"The teacher {name} has no backbone to read; wrap it: kd_det.teachers.FeatureTeacher.")
+    normalises = hasattr(model, "preprocess_image") or (hasattr(model, "pixel_mean") and hasattr(model, "pixel_std"))
+    if not normalises:
+        raise ValueError(f"The teacher {name} has neither preprocess_image nor pixel_mean and pixel_std.")
+    wanted = getattr(model, "input_format", None)
+    if wanted is None:
+        raise ValueError("Unknown channel order of the teacher's images: set its input_format, e.g. 'BGR'.")
+    if input_format is not None and sorted(input_format) != sorted(wanted):
+        raise ValueError(
+            f"The student's images are {input_format!r} (INPUT.FORMAT) and the teacher wants {wanted!r}; only channel "
+            f"orders of the same colours, such as 'BGR' and 'RGB', can be matched."
+        )
 
 
 class Teacher:
@@ -19,112 +66,188 @@ class Teacher:
     optimizers, DDP) can meet the teacher; a deep copy of the wrapper shares it. It follows the images' device.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str], *, whole_backbone: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[str],
+        *,
+        student: nn.Module,
+        input_format: str,
+        with_head: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         """
         Args:
-            model: a detector with ``backbone`` and ``preprocess_image``, as :func:`build_teacher` returns it.
+            model: a network with a ``backbone``, as :func:`build_teacher` returns it.
             taps: the places to read.
-            whole_backbone: the outputs of the backbone are wanted too (to pool regions from), not only the taps.
+            student: whose batches it is run on: when the student's backbone is called, the teacher runs first.
+            input_format: channel order of the images in these batches.
+            with_head: regions will be given to the teacher's box head, ``head``.
+            dtype: of the teacher's backbone. What lies behind the backbone stays in float32.
 
         Raises:
-            ValueError: a tap that does not exist.
+            ValueError: a tap that does not exist, or see :func:`check_teacher`.
         """
+        check_teacher(model, input_format)
         self.model = model.eval().requires_grad_(False)
+        self.fingerprint = _fingerprint(model)
         self.taps = Taps(model, taps, side="teacher")
-        self._whole_backbone = whole_backbone
-        self._runs_whole_model = not self.taps.within(model.backbone)
+        self.head = RegionHead(getattr(model, "roi_heads", None), side="teacher") if with_head else None
+        self._order = None
+        if input_format != model.input_format:
+            self._order = [input_format.index(channel) for channel in model.input_format]
+        self._shares_images = self._order is None and _normalise_alike(student, model)
+        self._dtype = dtype
+        model.backbone.to(dtype)
+        self._heads = self._dense_heads()
+        self._pending: Optional[List[Dict]] = None
+        self._canvas: Optional[Tuple[int, int]] = None  # what the maps must cover; None: the teacher's own padding
+        self._outputs: Dict[str, Tensor] = {}
+        self._maps: Optional[TeacherMaps] = None
+        # Hooks that stay, switched by what is pending: attaching them anew would make compiled networks compile anew.
+        # Before those of the networks themselves, which may resize their images.
+        student.backbone.register_forward_pre_hook(self._before_student, prepend=True)
+        model.backbone.register_forward_pre_hook(self._enter_backbone, prepend=True)
+        model.backbone.register_forward_hook(self._leave_backbone)
 
     def __deepcopy__(self, memo):
         return self
 
-    @torch.no_grad()
-    def __call__(
-        self, batched_inputs: List[Dict], *, input_format: str, canvas: Tuple[int, int], device: torch.device
-    ) -> Tuple[Dict[str, List[Tensor]], Dict[str, Tensor]]:
+    @contextlib.contextmanager
+    def running(self, batched_inputs: List[Dict]):
+        """Inside, the student's forward on these inputs runs the teacher first; then :meth:`pop` has its maps."""
+        self._pending, self._maps = batched_inputs, None
+        try:
+            yield
+        finally:
+            self._pending = None
+
+    def pop(self) -> TeacherMaps:
         """
+        Raises:
+            RuntimeError: the student's backbone did not run inside :meth:`running`.
+        """
+        maps, self._maps = self._maps, None
+        if maps is None:
+            raise RuntimeError("the student's forward did not call its backbone, so the teacher was not run")
+        return maps
+
+    def __call__(self, batched_inputs: List[Dict], device: torch.device) -> TeacherMaps:
+        """
+        Run without a student, on the teacher's own padding.
+
         Args:
             batched_inputs: the student's, with raw images (C, H, W).
-            input_format: channel order of these images, e.g. "BGR".
-            canvas: height and width of the batch as the student padded it; the maps at the taps cover just that.
-            device: where the student is; the teacher follows it.
+            device: where to run; the teacher moves there.
+        """
+        return self._run(batched_inputs, device)
 
-        Returns:
-            The maps at every tap, and the outputs of the backbone (empty unless ``whole_backbone``).
+    def inputs(self, batched_inputs: List[Dict]) -> List[Dict]:
+        """The student's inputs with the channels of their images in the teacher's order."""
+        if self._order is None:
+            return batched_inputs
+        return [{**x, "image": x["image"][self._order]} for x in batched_inputs]
+
+    def _before_student(self, module: nn.Module, args: Tuple[Tensor]) -> None:
+        if self._pending is not None:
+            batched_inputs, self._pending = self._pending, None
+            self._maps = self._run(batched_inputs, args[0].device, images=args[0])
+
+    @torch.no_grad()
+    def _run(self, batched_inputs: List[Dict], device: torch.device, images: Optional[Tensor] = None) -> TeacherMaps:
+        """
+        Args:
+            images: the student's normalised and padded batch; None: there is no student.
         """
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        inputs = [{**x, "image": _reorder(x["image"], input_format, self.model.input_format)} for x in batched_inputs]
-        outputs: Dict[str, Tensor] = {}
-        if not self.taps.names and not self._whole_backbone:
-            return {}, outputs
-        if self._runs_whole_model:
-            # A dense head is run by its own meta-architecture, which pads as it likes: Taps see what it computes.
-            own_canvas = canvas
-            with self.taps.recording(stop_when_complete=True):
-                self.model(inputs)
-        else:
-            images = self._images(inputs, canvas)
-            own_canvas = tuple(images.shape[-2:])
-            with self.taps.recording(stop_when_complete=not self._whole_backbone):
-                outputs = self.model.backbone(images)
-        features = {
-            name: [_crop(value, own_canvas, canvas) for value in values] for name, values in self.taps.pop().items()
-        }
-        return features, outputs
+        self._canvas = tuple(images.shape[-2:]) if images is not None else None
+        try:
+            if not self.taps.names and self.head is None:
+                return TeacherMaps({}, {}, self._canvas or (0, 0))
+            with self.taps.recording(stop_when_complete=self._heads == [] and self.head is None):
+                if self._heads is None:
+                    self.model(self.inputs(batched_inputs))
+                else:
+                    if images is None or not self._shares_images:
+                        images = self._preprocess(self.inputs(batched_inputs))
+                    outputs = self.model.backbone(images)
+                    for head, levels in self._heads:
+                        head([outputs[level] for level in levels])
+            features = {
+                name: [_crop(value, self._padded, self._covered) for value in values]
+                for name, values in self.taps.pop().items()
+            }
+            return TeacherMaps(features, self._outputs, self._covered)
+        finally:
+            self._outputs, self._canvas = {}, None
 
-    def input_gradients(self, batched_inputs: List[Dict], *, input_format: str) -> List[Tensor]:
+    def _dense_heads(self) -> Optional[List[Tuple[nn.Module, List[str]]]]:
         """
-        The gradient of each image's own task loss at its pixels, (C, H, W), in the images' own channel order.
-
-        Args:
-            batched_inputs: the student's, with labels.
-            input_format: channel order of the images.
+        The heads to run behind the backbone for the taps to be filled, each with the levels that it is given; None if
+        no such head has them, and the model must run as a whole.
         """
-        with torch.enable_grad():
-            inputs = with_pixel_gradients(batched_inputs, next(self.model.parameters()).device)
-            reordered = [{**x, "image": _reorder(x["image"], input_format, self.model.input_format)} for x in inputs]
-            return pixel_gradients(self.model.task_losses(reordered), inputs)
+        candidates = []
+        if hasattr(self.model, "head_in_features"):  # RetinaNet, FCOS
+            candidates.append((self.model.head, self.model.head_in_features))
+        proposals = getattr(self.model, "proposal_generator", None)
+        if hasattr(proposals, "rpn_head"):
+            candidates.append((proposals.rpn_head, proposals.in_features))
+        heads, outside = [], self.taps.outside(self.model.backbone)
+        for head, levels in candidates:
+            remaining = self.taps.outside(self.model.backbone, *(module for module, _ in heads), head)
+            if len(remaining) < len(outside):
+                heads.append((head, levels))
+                outside = remaining
+        return None if outside else heads
 
-    def _images(self, inputs: List[Dict], canvas: Tuple[int, int]) -> Tensor:
-        """The normalised batch, padded to the student's canvas or, where the strides ask for more, to a multiple."""
-        images = self.model.preprocess_image(inputs).tensor
-        multiple = max(self.model.backbone.size_divisibility, 1)
-        height, width = (max(-(-c // multiple) * multiple, s) for c, s in zip(canvas, images.shape[-2:]))
-        return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+    def _preprocess(self, inputs: List[Dict]) -> Tensor:
+        if hasattr(self.model, "preprocess_image"):
+            return self.model.preprocess_image(inputs).tensor
+        # v0.6's ProposalNetwork and SemanticSegmentor normalise inside their forward.
+        mean, std = self.model.pixel_mean, self.model.pixel_std
+        images = [(x["image"].to(mean.device) - mean) / std for x in inputs]
+        return ImageList.from_tensors(images, self.model.backbone.size_divisibility).tensor
+
+    def _enter_backbone(self, module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:
+        """Pads the batch to the student's canvas or, where the strides ask for more, to a multiple; casts it."""
+        images = args[0]
+        own = tuple(images.shape[-2:])
+        self._covered = self._canvas or own
+        multiple = max(getattr(module, "size_divisibility", 1), 1)
+        height, width = (-(-max(c, s) // multiple) * multiple for c, s in zip(self._covered, own))
+        self._padded = (height, width)
+        if self._padded != own:
+            images = F.pad(images, (0, width - own[1], 0, height - own[0]))
+        return (images if self._dtype == torch.float32 else images.to(self._dtype), *args[1:])
+
+    def _leave_backbone(self, module: nn.Module, args, outputs):
+        if self._dtype != torch.float32:
+            outputs = {name: value.float() for name, value in outputs.items()}
+        self._outputs = outputs
+        return outputs
 
 
-def with_pixel_gradients(batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
-    """Batched inputs whose images are float leaves that keep their gradient."""
-    return [
-        {**x, "image": x["image"].detach().to(device, torch.float32, copy=True).requires_grad_()}
-        for x in batched_inputs
-    ]
+def _normalise_alike(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the student's normalised batch is what the teacher would make of the same images, but for padding."""
+    preprocess = getattr(type(teacher), "preprocess_image", None)
+    if preprocess is None or getattr(type(student), "preprocess_image", None) is not preprocess:
+        return False
+    pairs = [(getattr(student, key, None), getattr(teacher, key, None)) for key in ("pixel_mean", "pixel_std")]
+    return all(
+        isinstance(s, Tensor) and isinstance(t, Tensor) and s.shape == t.shape and torch.equal(s.to(t), t)
+        for s, t in pairs
+    )
 
 
-def pixel_gradients(
-    task_losses: Dict[str, Tensor], batched_inputs: List[Dict], *, create_graph: bool = False
-) -> List[Tensor]:
-    """The gradients of each image's own loss, if the task losses are means over the images."""
-    images = [x["image"] for x in batched_inputs]
-    total = len(images) * sum(task_losses.values())
-    return list(torch.autograd.grad(total, images, create_graph=create_graph))
-
-
-def _reorder(image: Tensor, found: str, wanted: str) -> Tensor:
-    """
-    The image's channels as the teacher wants them.
-
-    Raises:
-        ValueError: two orders that no permutation of channels joins, e.g. "BGR" and "YUV-BT.601".
-    """
-    if found == wanted:
-        return image
-    if sorted(found) != sorted(wanted):
-        raise ValueError(
-            f"The student's images are {found!r} (INPUT.FORMAT) and the teacher wants {wanted!r}; "
-            f"only channel orders of the same colours, such as 'BGR' and 'RGB', can be matched."
-        )
-    return image[[found.index(channel) for channel in wanted]]
+def _fingerprint(model: nn.Module) -> str:
+    """Tells one trained network from another, by the names, shapes and some numbers of its weights."""
+    state = model.state_dict()
+    digest = hashlib.sha256(repr([(name, tuple(value.shape)) for name, value in state.items()]).encode())
+    samples = [value.flatten()[:: max(1, value.numel() // 16)].float() for value in state.values()]
+    if samples:
+        digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _crop(features: Tensor, own_canvas: Tuple[int, int], canvas: Tuple[int, int]) -> Tensor:

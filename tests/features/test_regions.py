@@ -82,7 +82,7 @@ class TestRegionTaps:
             model(batch())
         recorded = taps.pop()
         assert len(recorded) == stages == len(calls)  # no second pass
-        for boxes, outputs in recorded:
+        for boxes, outputs in ((regions.boxes, regions.outputs) for regions in recorded):
             count = sum(len(b) for b in boxes)
             assert len(boxes) == 2 and outputs.logits.shape == (count, NUM_CLASSES + 1)
             assert outputs.features.shape == (count, 8, 3, 3) and outputs.logits.requires_grad

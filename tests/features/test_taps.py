@@ -1,3 +1,4 @@
+import copy
 from unittest import mock
 
 import pytest
@@ -235,18 +236,28 @@ class TestRecording:
         with pytest.raises(RuntimeError, match=r"nothing was recorded at \['p3', 'res5.pre_activation'\]"):
             self.taps.pop()
 
-    def test_hooks_are_there_only_while_recording(self):
+    def test_nothing_is_recorded_outside(self):
         before = self.hooks()
         with self.taps.recording():
-            assert self.hooks() == before + 3
-        assert self.hooks() == before
+            assert self.hooks() == before  # hooks that come and go would make a compiled network compile anew
+            self.model.backbone(self.x)
+        recorded = self.taps.pop()
+        self.model.backbone(self.x)
+        with pytest.raises(RuntimeError, match="nothing was recorded"):
+            self.taps.pop()
+        assert set(recorded) == set(self.taps.names)
+
+    def test_a_deep_copy_records_its_own(self):
+        model, taps = copy.deepcopy((self.model, self.taps))
+        with taps.recording():
+            model.backbone(self.x)
+        assert all(len(maps) == 1 for maps in taps.pop().values())
+        assert not any(self.taps._values.values())
 
     def test_an_exception_leaves_nothing_behind(self):
-        before = self.hooks()
         self.model.backbone.fpn_output2.register_forward_hook(lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError), self.taps.recording():
             self.model.backbone(self.x)
-        assert self.hooks() == before + 1
         assert not any(self.taps._values.values())
 
     def test_an_exception_inside_a_block_ends_its_mode(self):

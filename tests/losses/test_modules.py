@@ -3,13 +3,12 @@
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from kd_det.config import add_kd_config
 from kd_det.features.context import StepContext
-from kd_det.features.regions import RegionHead
+from kd_det.features.regions import RegionHead, SampledRegions
 from kd_det.losses import (
     DISTILLATION_LOSS_REGISTRY,
     AttentionTransferLoss,
@@ -85,7 +84,7 @@ class TestAreTheirFunctions:
     def test_soft_target_at_a_tap(self, context):
         student, teacher = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
         loss = SoftTargetLoss(student_taps=["head.cls_score"], temperature=3.0)
-        expected = soft_target_loss(student, teacher, temperature=3.0)
+        expected = soft_target_loss(student, teacher, temperature=3.0, valid=context.valid(student))
         assert not loss.needs_regions and loss([student], [teacher], context).item() == expected.item()
 
     @pytest.mark.parametrize("cls, function", [(PKDLoss, pkd_loss), (CWDLoss, cwd_loss)])
@@ -157,50 +156,40 @@ class TestMargins:
         model.losses["overhaul"].observe([features], StepContext(SIZES, CANVAS))
         assert (margin.value == -1).all() and (margin.count == 4 * 6 + 3 * 4).all()
 
-    def test_calibrated_before_step_0_on_the_first_training_images(self, tmp_path):
-        images = batch(((64, 96), (64, 64), (96, 64)))
-        seen = []
-
-        def source(wanted):
-            seen.append(wanted)
-            return [[x] for x in images[:wanted]]
-
+    def test_calibrated_on_the_first_training_images(self, tmp_path):  # D16: the batches that the step is given
         model = build_model(self.cfg(tmp_path, KD__OVERHAUL__CALIBRATION_IMAGES=3)).train()
-        model._calibration_batches = source
-        model(batch()), model(batch())
-        assert seen == [3]
-        value, _ = self.by_hand(model.teacher, [images])
-        torch.testing.assert_close(model.losses["overhaul"].margins[0].value, value, rtol=1e-4, atol=1e-6)
+        batches = [batch(((64, 96), (64, 96)), seed=s) for s in range(3)]
+        for inputs in batches:
+            model(inputs)
+        value, count = self.by_hand(model.teacher, batches[:2])  # 4 images: the first two batches
+        (margin,) = model.losses["overhaul"].margins
+        assert torch.equal(margin.count, count)
+        torch.testing.assert_close(margin.value, value, rtol=1e-4, atol=1e-6)
 
-    def test_the_training_set_is_read_without_augmentation_or_random_numbers(self, tmp_path):
-        import cv2
-        import numpy as np
+    def test_a_tap_that_is_never_negative_is_calibrated_once_and_warned_of(self, tmp_path, caplog):  # D15
+        cfg = self.cfg(tmp_path, KD__OVERHAUL__CALIBRATION_IMAGES=2)
+        cfg.KD.OVERHAUL.STUDENT_TAPS = ["res4"]
+        model = build_model(cfg).train()
+        (margin,) = model.losses["overhaul"].margins
+        observed = []
+        margin.observe = lambda *a: observed.append(1)
+        for _ in range(3):
+            model(batch())
+        assert len(observed) == 1
+        warnings = [r.getMessage() for r in caplog.records if "never negative" in r.getMessage()]
+        assert len(warnings) == 1 and "res4" in warnings[0]
 
-        image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / "image.png"), image)
-        annotation = {"bbox": [0, 0, 20, 20], "bbox_mode": 0, "category_id": 0}
-        record = {"file_name": str(tmp_path / "image.png"), "height": 64, "width": 96, "image_id": 0}
-        DatasetCatalog.register("tiny_calibration", lambda: [{**record, "annotations": [annotation]}])
-        try:
-            sizes = ["INPUT.MIN_SIZE_TEST", 64, "DATASETS.TRAIN", ["tiny_calibration"]]
-            cfg = self.cfg(tmp_path)
-            cfg.merge_from_list(sizes)
-            model = build_model(cfg).train()
-            ((x,),) = list(model._calibration_batches(5))
-            assert torch.equal(x["image"], torch.from_numpy(image).permute(2, 0, 1))
-            np.random.seed(3), torch.manual_seed(3)
-            with torch.no_grad():
-                model.backbone.train(False)
-            state = torch.get_rng_state(), np.random.get_state()[1].copy()
-            own = model._run_student
-            model._run_student = lambda *a: (_ for _ in ()).throw(InterruptedError)
-            with pytest.raises(InterruptedError):
-                model(batch())
-            model._run_student = own
-            assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
-            assert model.losses["overhaul"].margins[0].count.sum() > 0
-        finally:
-            DatasetCatalog.remove("tiny_calibration")
+    def test_a_state_of_the_first_version_is_calibrated(self, tmp_path):
+        model = build_model(self.cfg(tmp_path, KD__OVERHAUL__CALIBRATION_IMAGES=2)).train()
+        model(batch())
+        state = model.state_dict()
+        del state._metadata["kd_det.losses"]["overhaul.observed"], state._metadata["kd_det.teacher"]
+        other = build_model(self.cfg(tmp_path, KD__OVERHAUL__CALIBRATION_IMAGES=2)).train()
+        other.load_state_dict(state)
+        (margin,), (saved,) = other.losses["overhaul"].margins, model.losses["overhaul"].margins
+        assert torch.equal(margin.value, saved.value)
+        other(batch(seed=5))
+        assert torch.equal(margin.value, saved.value)
 
     def test_running_is_over_all_images_so_far(self, tmp_path):
         model = build_model(self.cfg(tmp_path, KD__OVERHAUL__MARGIN="running")).train()
@@ -302,9 +291,7 @@ class TestLogitsOfRegions:
     def test_dkd_takes_the_students_labels(self, tmp_path):
         context, value = self.run(tmp_path, "DKD")
         ((s, t),) = context.region_pairs()
-        labels = torch.full((32,), 3)  # background
-        targets = context.region_targets(0)
-        labels[targets.index] = targets.classes
+        labels = context.region_targets(0).classes  # 3 is background
         expected = dkd_loss(s.logits, t.logits, labels, beta=0.25, temperature=1.0)
         assert value.item() == expected.item() > 0
         assert 6 <= (labels < 3).sum() < 32
@@ -332,23 +319,28 @@ class TestBoundedRegression:
         model(batch())
         targets = seen[0].region_targets(0)
         classes = torch.cat([p.gt_classes for p in labelled[0]])
-        foreground = torch.nonzero(classes < 3)[:, 0]
-        assert len(foreground) >= 6  # the ground truth itself is among the samples
-        assert torch.equal(targets.index, foreground) and torch.equal(targets.classes, classes[foreground])
+        foreground = classes < 3
+        assert foreground.sum() >= 6  # the ground truth itself is among the samples
+        assert torch.equal(targets.foreground, foreground) and torch.equal(targets.classes, classes)
         boxes = torch.cat([p.proposal_boxes.tensor for p in labelled[0]])[foreground]
         truth = torch.cat([p.gt_boxes.tensor for p in labelled[0]])[foreground]
         transform = model.student.roi_heads.box_predictor.box2box_transform
-        assert torch.equal(targets.deltas, transform.get_deltas(boxes, truth))
+        assert torch.equal(targets.deltas[foreground], transform.get_deltas(boxes, truth))
+        assert not targets.deltas[~foreground].any()
+        # Matched again, as for heads that do not return their proposals, the labels are the same.
+        sampled = SampledRegions([p.proposal_boxes for p in labelled[0]], None)
+        again = RegionHead(model.student.roi_heads).label(sampled, seen[0].ground_truth(), 0)
+        assert torch.equal(again.classes, classes) and torch.allclose(again.deltas, targets.deltas)
 
     def test_is_its_function_on_the_regions_class(self):
         model = build_model(tiny_cfg())
         head = RegionHead(model.roi_heads, side="student")
         boxes = [Boxes(torch.tensor([[0.0, 0, 38, 42], [0, 50, 10, 60], [52, 10, 90, 58]]))]
-        targets = head.label(boxes, [self.instances()], 0)
-        assert targets.index.tolist() == [0, 2] and targets.classes.tolist() == [2, 0]
+        targets = head.label(SampledRegions(boxes, None), [self.instances()], 0)
+        assert targets.foreground.tolist() == [True, False, True] and targets.classes.tolist() == [2, 3, 0]
         deltas = torch.arange(3 * 12.0).view(3, 12)
-        assert targets.of_class(deltas).tolist() == [[8, 9, 10, 11], [24, 25, 26, 27]]
-        assert targets.of_class(deltas[:, :4]).tolist() == [[0, 1, 2, 3], [24, 25, 26, 27]]
+        assert targets.of_class(deltas).tolist() == [[8, 9, 10, 11], [0] * 4, [24, 25, 26, 27]]
+        assert targets.of_class(deltas[:, :4]).tolist() == [[0, 1, 2, 3], [0] * 4, [24, 25, 26, 27]]
 
     def test_the_teachers_units_are_converted(self, tmp_path):
         teacher = tiny_cfg(depth=50, width=8, MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS=[20.0, 20.0, 10.0, 10.0])
@@ -360,17 +352,21 @@ class TestBoundedRegression:
         ((s, t),) = context.region_pairs()
         targets = context.region_targets(0)
         # The student's weights are Detectron2's default (10, 10, 5, 5): half of the teacher's.
+        foreground = targets.foreground
         expected = bounded_regression_loss(
-            targets.of_class(s.deltas), targets.of_class(t.deltas) / 2, targets.deltas, margin=0.0
+            targets.of_class(s.deltas)[foreground],
+            targets.of_class(t.deltas)[foreground] / 2,
+            targets.deltas[foreground],
         )
-        assert value.item() == expected.item() > 0
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5) and expected > 0
 
     def test_images_without_objects(self):
         model = build_model(tiny_cfg())
         empty = Instances(CANVAS)
         empty.gt_boxes, empty.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.int64)
-        targets = RegionHead(model.roi_heads).label([Boxes(torch.rand(5, 4))], [empty], 0)
-        assert targets.of_class(torch.zeros(5, 12)).shape == targets.deltas.shape == (0, 4)
+        regions = SampledRegions([Boxes(torch.rand(5, 4) + torch.tensor([0.0, 0, 1, 1]))], None)
+        targets = RegionHead(model.roi_heads).label(regions, [empty], 0)
+        assert not targets.foreground.any() and targets.of_class(torch.ones(5, 12)).tolist() == [[0.0] * 4] * 5
 
     def test_class_counts_that_differ(self, tmp_path):
         teacher = tiny_cfg(depth=50, width=8, MODEL__ROI_HEADS__NUM_CLASSES=5)

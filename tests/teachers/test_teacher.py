@@ -1,12 +1,14 @@
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from kd_det import build_teacher
-from kd_det.features.taps import Taps
 from kd_det.teachers import Teacher
-from tests.tiny import batch, distillation_cfg, tiny_cfg
+from tests.tiny import batch, distillation_cfg, tiny_cfg, tiny_retinanet_cfg
 
 
 class TestBuildTeacher:
@@ -93,8 +95,23 @@ class TestNoSilentTeacher:
             build_teacher(cfg)
 
 
-def run(teacher, inputs, canvas=(64, 96), input_format="BGR"):
-    return teacher(inputs, input_format=input_format, canvas=canvas, device=torch.device("cpu"))
+def run(model, taps, inputs, *, canvas=(64, 96), input_format="BGR", student=None, **options):
+    """What the teacher computes when a student is run on these inputs, padded to the canvas."""
+    student = student or build_model(tiny_cfg(MODEL__PIXEL_STD=[2.0, 2.0, 2.0]))
+    teacher = Teacher(model, taps, student=student, input_format=input_format, **options)
+    images = student.preprocess_image(inputs).tensor
+    images = F.pad(images, (0, canvas[1] - images.shape[-1], 0, canvas[0] - images.shape[-2]))
+    with teacher.running(inputs):
+        student.backbone(images)
+    return teacher.pop()
+
+
+def add_backbone(network):
+    network.backbone = torch.nn.Conv2d(3, 3, 1)
+
+
+def dense_head_taps(model):
+    return ["head.cls_score"] if hasattr(model, "head") else ["proposal_generator.rpn_head.objectness_logits"]
 
 
 class TestTeacher:
@@ -103,52 +120,130 @@ class TestTeacher:
             return model.backbone(model.preprocess_image(inputs).tensor)
 
     def test_maps_are_its_own_backbones(self):
-        model = build_model(tiny_cfg())
-        features, outputs = run(Teacher(model, ["p3", "res5"], whole_backbone=True), batch())
+        model = build_model(tiny_cfg()).eval()
         expected = self.plain_features(model, batch())
-        assert torch.equal(features["p3"][0], expected["p3"])
-        assert all(torch.equal(outputs[level], expected[level]) for level in expected)
+        maps = run(model, ["p3", "res5"], batch(), with_head=True)
+        assert torch.equal(maps.features["p3"][0], expected["p3"])
+        assert all(torch.equal(maps.outputs[level], expected[level]) for level in expected)
+        assert maps.canvas == (64, 96)
+
+    def test_runs_before_the_students_layers_and_once(self):
+        model, student = build_model(tiny_cfg()), build_model(tiny_cfg())
+        order = []
+        teacher = Teacher(model, ["p3"], student=student, input_format="BGR")
+        model.backbone.bottom_up.stem.register_forward_hook(lambda *a: order.append("teacher"))
+        student.backbone.bottom_up.stem.register_forward_hook(lambda *a: order.append("student"))
+        with teacher.running(batch()):
+            student.backbone(student.preprocess_image(batch()).tensor)
+            student.backbone(student.preprocess_image(batch()).tensor)
+        assert order == ["teacher", "student", "student"]
+        teacher.pop()
+        with pytest.raises(RuntimeError, match="did not call its backbone"):
+            teacher.pop()
+
+    @pytest.mark.parametrize("alike", [True, False])
+    def test_networks_that_normalise_alike_share_the_batch(self, alike):
+        model, student = build_model(tiny_cfg()), build_model(tiny_cfg())
+        if not alike:
+            student.pixel_std *= 2
+        preprocessed = []
+        own = type(model).preprocess_image
+        model.preprocess_image = lambda inputs: preprocessed.append(1) or own(model, inputs)
+        maps = run(model, ["p3"], batch(), student=student)
+        assert torch.equal(maps.features["p3"][0], self.plain_features(model, batch())["p3"])
+        assert len(preprocessed) == 1 + (not alike)  # one is that of plain_features
 
     def test_channels_are_reordered_before_its_own_normalisation(self):
         model = build_model(tiny_cfg(INPUT__FORMAT="RGB", MODEL__PIXEL_MEAN=[120.0, 110.0, 100.0]))
-        features, _ = run(Teacher(model, ["p3"]), batch())
+        features = run(model, ["p3"], batch()).features
         flipped = [{**x, "image": x["image"].flip(0)} for x in batch()]
         assert torch.equal(features["p3"][0], self.plain_features(model, flipped)["p3"])
         assert not torch.equal(features["p3"][0], self.plain_features(model, batch())["p3"])
 
-    def test_colours_that_cannot_be_matched(self):
-        teacher = Teacher(build_model(tiny_cfg()), ["p3"])
-        with pytest.raises(ValueError, match="'YUV-BT.601' .* teacher wants 'BGR'"):
-            run(teacher, batch(), input_format="YUV-BT.601")
+    @pytest.mark.parametrize("input_format", ["YUV-BT.601", "L"])
+    def test_colours_that_cannot_be_matched_are_refused_before_a_step(self, input_format):  # D18
+        with pytest.raises(ValueError, match=f"{input_format!r} .* teacher wants 'BGR'"):
+            Teacher(build_model(tiny_cfg()), ["p3"], student=build_model(tiny_cfg()), input_format=input_format)
 
     def test_covers_the_students_canvas(self):
-        model = build_model(tiny_cfg())
-        larger, _ = run(Teacher(model, ["p3"]), batch(), canvas=(128, 128))
+        larger = run(build_model(tiny_cfg()), ["p3"], batch(), canvas=(128, 128)).features
         assert larger["p3"][0].shape[-2:] == (16, 16)
         # The student pads to 80 x 112, which strides of 32 round up to 96 x 128; the map is cut to 10 x 14.
-        cut, _ = run(Teacher(model, ["p3"]), batch(), canvas=(80, 112))
-        assert cut["p3"][0].shape[-2:] == (10, 14)
+        student = build_model(tiny_cfg(MODEL__META_ARCHITECTURE="GeneralizedRCNN"))
+        teacher = Teacher(build_model(tiny_cfg()), ["p3"], student=student, input_format="BGR")
+        student.backbone.bottom_up.stem.register_forward_hook(lambda *a: 1 / 0)
+        with teacher.running(batch()), contextlib.suppress(ZeroDivisionError):
+            student.backbone(torch.zeros(2, 3, 80, 112))
+        assert teacher.pop().features["p3"][0].shape[-2:] == (10, 14)
 
     def test_runs_only_as_deep_as_it_is_read(self):
         model = build_model(tiny_cfg())
         ran = []
         for name, module in model.named_modules():
             module.register_forward_hook(lambda *a, name=name: ran.append(name))
-        run(Teacher(model, ["res3"]), batch())
+        run(model, ["res3"], batch())
         assert "backbone.bottom_up.res3" in ran
         assert not any("res4" in name or "fpn" in name or "rpn" in name or "roi" in name for name in ran)
         ran.clear()
-        run(Teacher(model, ["p5"], whole_backbone=True), batch())
+        run(model, ["p5"], batch(), with_head=True)
         assert "backbone" in ran and not any("proposal_generator" in name or "roi" in name for name in ran)
 
-    def test_a_tap_in_a_head_runs_the_head(self):
-        model = build_model(tiny_cfg())
-        tap = "proposal_generator.rpn_head.objectness_logits"
-        features, _ = run(Teacher(model, [tap]), batch())
-        taps = Taps(model, [tap])
-        with taps.recording(), torch.no_grad():
-            model(batch())
-        assert torch.equal(features[tap][0], taps.pop()[tap][0])
+    @pytest.mark.parametrize("make", [tiny_cfg, tiny_retinanet_cfg])
+    def test_a_tap_in_a_dense_head_gives_every_level(self, make):  # D22
+        model = build_model(make()).eval()
+        (tap,) = dense_head_taps(model)
+        features = run(model, [tap], batch()).features
+        head, levels = (
+            (model.head, model.head_in_features)
+            if hasattr(model, "head")
+            else (model.proposal_generator.rpn_head, model.proposal_generator.in_features)
+        )
+        maps = self.plain_features(model, batch())
+        with torch.no_grad():
+            expected = head([maps[level] for level in levels])[0]
+        assert len(features[tap]) == len(expected) > 1
+        assert all(torch.equal(a, b) for a, b in zip(features[tap], expected))
+
+    def test_a_tap_in_a_dense_head_runs_nothing_behind_it(self):
+        model = build_model(tiny_retinanet_cfg())
+        model.forward = lambda *a: pytest.fail("detections are not needed")
+        run(model, ["head.bbox_pred", "p3"], batch())
+
+    def test_a_tap_behind_the_heads_runs_the_whole_model_on_the_students_canvas(self):  # D24, D25
+        model = build_model(tiny_cfg()).eval()
+        maps = run(model, ["roi_heads.box_head", "p3"], batch(), canvas=(128, 160), with_head=True)
+        assert maps.features["p3"][0].shape[-2:] == (16, 20) and maps.outputs["p2"].shape[-2:] == (32, 40)
+        assert maps.features["roi_heads.box_head"][0].dim() == 2
+
+    @pytest.mark.parametrize("architecture", ["ProposalNetwork", "SemanticSegmentor"])
+    def test_teachers_without_preprocess_image(self, architecture):  # D17, v0.6
+        opts = {"MODEL__SEM_SEG_HEAD__CONVS_DIM": 8, "MODEL__SEM_SEG_HEAD__NORM": ""}
+        model = build_model(tiny_cfg(MODEL__META_ARCHITECTURE=architecture, **opts)).eval()
+        model.input_format = "BGR"  # as build_teacher sets it where the architecture has none
+        features = run(model, ["p3"], batch()).features
+        plain = build_model(tiny_cfg()).eval()
+        plain.backbone = model.backbone
+        assert torch.equal(features["p3"][0], self.plain_features(plain, batch())["p3"])
+
+    def test_a_network_that_cannot_teach_is_refused_when_it_is_built(self):
+        class Headless(torch.nn.Module):
+            input_format = "BGR"
+
+        for change, message in ((lambda m: None, "no backbone"), (add_backbone, "neither preprocess_image nor")):
+            network = Headless()
+            change(network)
+            with pytest.raises(ValueError, match=message):
+                Teacher(network, [], student=build_model(tiny_cfg()), input_format="BGR")
+
+    def test_half_precision_is_the_backbones_alone(self):
+        model = build_model(tiny_cfg()).eval()
+        expected = self.plain_features(model, batch())
+        maps = run(model, ["p3", "p2"], batch(), with_head=True, dtype=torch.bfloat16)
+        assert maps.features["p3"][0].dtype in (torch.bfloat16, torch.float32)
+        assert maps.outputs["p3"].dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in model.roi_heads.parameters())
+        error = (maps.outputs["p3"] - expected["p3"]).abs().max() / expected["p3"].abs().max()
+        assert 0 < error < 0.05
 
     def test_zoo_format_with_another_author_is_read(self, tmp_path):
         """The zoo's .pkl: NumPy arrays under "model"."""
