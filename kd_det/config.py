@@ -24,7 +24,8 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     # Factor of this loss in the total; 0 switches it off (nothing is built, nothing is run).
     node.WEIGHT = weight
     # Places read in the student: "p3", "res4", "res4.pre_activation" or a dotted module name (tools/list_taps.py).
-    node.STUDENT_TAPS = tuple(taps)
+    # (A new tuple: equal literals are one to Python, and a dumped config would refer from one loss to another.)
+    node.STUDENT_TAPS = (*taps,)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
     # Iterations of linear warm-up of the factor; None: KD.WARMUP_ITERS.
@@ -44,6 +45,9 @@ def add_kd_config(cfg: CN) -> None:
     _add_classification_config(cfg)
     cfg.KD = CN()
 
+    # Modules or .py files (beside the config) of a project, imported before the config is read: they register data
+    # sets, losses and architectures, and their functions add_..._config(cfg) add keys. Read by kd_det's commands.
+    cfg.KD.IMPORTS = []
     # Class names in DISTILLATION_LOSS_REGISTRY, e.g. ("NSTLoss", "SoftTargetLoss"). Empty: plain training.
     cfg.KD.LOSSES = ()
     # Iterations of linear warm-up of every distillation loss (0: none).
@@ -56,6 +60,10 @@ def add_kd_config(cfg: CN) -> None:
     # A loss that is not finite: "stop" the run, or "skip" the step and count it. Either way the batch is written to
     # OUTPUT_DIR/non_finite. Read by kd_det.engine.Trainer.
     cfg.KD.NON_FINITE = "stop"
+    # Precision of SOLVER.AMP on a GPU: "float16", with scaled gradients, or "bfloat16"; the CPU takes bfloat16.
+    cfg.KD.AMP_PRECISION = "float16"
+    # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
+    cfg.KD.RESUME_SOLVER = "checkpoint"
 
     cfg.KD.STUDENT = CN()
     # The student's own meta-architecture, as MODEL.META_ARCHITECTURE would name it without distillation.

@@ -5,6 +5,7 @@ This file needs Detectron2 and timm, and nothing else of kd_det: an exported stu
 """
 
 import difflib
+import logging
 from typing import Any, Dict, Optional, Sequence
 
 import torch
@@ -86,7 +87,7 @@ class TimmBackbone(Backbone):
         self.network = network
 
         info = network.feature_info
-        # Of several maps with one stride (a ViT), the deepest.
+        # The deepest of several maps with one stride (a ViT).
         self._order = {_LEVELS[stride]: i for i, stride in enumerate(info.reduction()) if stride in _LEVELS}
         self._out_features = list(out_features)
         self._out_feature_channels = {level: info.channels()[i] for level, i in self._order.items()}
@@ -154,19 +155,21 @@ class TimmBackbone(Backbone):
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """``MODEL.TIMM`` alone, with the outputs ``MODEL.TIMM.OUT_FEATURES``."""
-    return TimmBackbone(cfg, input_shape)
+    backbone = TimmBackbone(cfg, input_shape)
+    _warn_of_other_images(cfg)
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.TIMM`` under Detectron2's feature pyramid, p2 to p6."""
-    return _pyramid(cfg, TimmBackbone(cfg, input_shape), LastLevelMaxPool())
+    return _pyramid(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.TIMM`` under the feature pyramid of RetinaNet and FCOS, p3 to p7."""
-    bottom_up = TimmBackbone(cfg, input_shape)
+    bottom_up = build_timm_backbone(cfg, input_shape)
     channels = bottom_up.output_shape()["res5"].channels
     return _pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
@@ -184,6 +187,23 @@ def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def _warn_of_other_images(cfg: CfgNode) -> None:
+    """No error: a file does not tell its normalisation, which may be another one than timm's."""
+    if not cfg.MODEL.TIMM.WEIGHTS:
+        return
+    import timm
+
+    trained = timm.get_pretrained_cfg(cfg.MODEL.TIMM.NAME)
+    wanted = {"PIXEL_MEAN": trained.mean, "PIXEL_STD": trained.std}
+    wanted = {f"MODEL.{key}": [round(255 * x, 3) for x in values] for key, values in wanted.items()}
+    found = {f"MODEL.{key}": [float(x) for x in cfg.MODEL[key]] for key in ("PIXEL_MEAN", "PIXEL_STD")}
+    if cfg.INPUT.FORMAT != "RGB" or any(abs(a - b) > 0.01 for key in found for a, b in zip(found[key], wanted[key])):
+        logging.getLogger(__name__).warning(
+            f"timm trained its weights of {cfg.MODEL.TIMM.NAME!r} on other images than the config feeds them: "
+            f"INPUT.FORMAT RGB, {wanted}; found {cfg.INPUT.FORMAT}, {found}."
+        )
 
 
 def timm_options(cfg: CfgNode) -> Dict[str, Any]:
@@ -235,20 +255,20 @@ def timm_feature_network(name: str, options: Dict[str, Any], *, weights: str = "
 
 
 def _indices_of_levels(name: str, network: nn.Module, out_features: Sequence[str]) -> Dict[str, int]:
-    """Of each wanted level, its index among the network's maps; the deepest of several with one stride."""
+    """The index of each wanted level among the network's maps; the deepest of several with one stride."""
     info = network.feature_info
     given = {_LEVELS.get(stride): index for index, stride in zip(info.out_indices, info.reduction())}
     missing = [level for level in out_features if level not in given]
     if missing or not out_features:
         raise ValueError(
             f"timm's {name!r} gives maps of stride {info.reduction()}, that is the levels "
-            f"{[level for level in given if level]}; MODEL.TIMM.OUT_FEATURES asks for {list(out_features)}."
+            f"{[level for level in given if level]}; MODEL.TIMM.OUT_FEATURES names {list(out_features)}."
         )
     return {level: given[level] for level in out_features}
 
 
 def _load(network: nn.Module, name: str, path: str) -> None:
-    """timm's own weights of the whole model; what is behind the features (a classifier) is left over."""
+    """timm's own weights of the whole model; those behind the features (a classifier) are not used."""
     from timm.models import load_state_dict
 
     try:
@@ -263,22 +283,17 @@ def _load(network: nn.Module, name: str, path: str) -> None:
         raise ValueError(
             f"MODEL.TIMM.WEIGHTS {path!r} is no file of timm's weights: {reason or type(e).__name__}"
         ) from e
-    own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    missing = [key for key in own if flat_key(key) not in state]
-    misshapen = [
-        f"{key} is {tuple(state[flat_key(key)].shape)}, expected {tuple(value.shape)}"
-        for key, value in own.items()
-        if key not in missing and state[flat_key(key)].shape != value.shape
-    ]
-    if missing or misshapen:
-        raise ValueError(
-            f"MODEL.TIMM.WEIGHTS {path!r} are not those of {name!r}: "
-            f"{len(missing)} missing {missing[:3]}, {len(misshapen)} misshapen {misshapen[:3]}."
-        )
-    not_finite = [key for key in own if not state[flat_key(key)].isfinite().all()]
+    counters = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
+    state = {key: state[flat_key(key)] for key in network.state_dict() if flat_key(key) in state}
+    not_finite = [key for key, value in state.items() if not value.isfinite().all()]
     if not_finite:
-        raise ValueError(f"MODEL.TIMM.WEIGHTS {path!r}: {len(not_finite)} are not finite {not_finite[:3]}.")
-    network.load_state_dict({key: state[flat_key(key)] for key in own}, strict=False)
+        raise ValueError(f"MODEL.TIMM.WEIGHTS {path!r}: {len(not_finite)} are not finite ({not_finite[0]}).")
+    try:
+        network.load_state_dict({**counters, **state})
+    except RuntimeError as e:
+        raise ValueError(
+            f"MODEL.TIMM.WEIGHTS {path!r} do not fit timm's {name!r}: {' '.join(str(e).split())[:500]}"
+        ) from None
 
 
 def flat_key(key: str) -> str:

@@ -1,13 +1,15 @@
-"""An exponential moving average of a model's weights."""
+"""An exponential moving average of a model's weights, and of batch-norm statistics over the processes."""
 
 import contextlib
-from typing import Dict
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["AverageWeights", "WeightAverage"]
+__all__ = ["AverageStatistics", "AverageWeights", "WeightAverage"]
 
 
 class WeightAverage:
@@ -15,12 +17,15 @@ class WeightAverage:
     The average of a model's floating-point parameters and buffers (batch-norm statistics too): after update n,
     ``a <- d a + (1 - d) w`` with ``d = min(decay, (1 + n) / (10 + n))``, so that a short run does not average its
     random start. Its state is a checkpointable.
+
+    The arithmetic is that of torch's ``AveragedModel``, which itself deep-copies the model, with all hooks on it, and
+    waits for the device at every update to read its counter.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         """
         Args:
-            model: of a Distiller, what its ``state_dict`` holds is averaged: the student.
+            model: what its ``state_dict`` holds is averaged.
             decay: in (0, 1).
 
         Raises:
@@ -33,19 +38,19 @@ class WeightAverage:
         self._model = model
         self._averages = {key: value.clone() for key, value in self._weights().items()}
 
-    def _weights(self) -> Dict[str, Tensor]:
+    def _weights(self) -> dict[str, Tensor]:
         return {key: value for key, value in self._model.state_dict().items() if value.is_floating_point()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for key, value in self._weights().items():
-            self._averages[key].lerp_(value, 1 - decay)
+        average = get_ema_multi_avg_fn(decay)
+        average(list(self._averages.values()), list(self._weights().values()), self.updates)
 
     @contextlib.contextmanager
     def applied(self):
-        """Inside, the model's weights are the averages."""
+        """A context in which the model's weights are the averages."""
         weights = self._weights()
         kept = {key: value.clone() for key, value in weights.items()}
         self._copy(self._averages, weights)
@@ -56,14 +61,14 @@ class WeightAverage:
 
     @staticmethod
     @torch.no_grad()
-    def _copy(source: Dict[str, Tensor], target: Dict[str, Tensor]) -> None:
+    def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         for key, value in target.items():
             value.copy_(source[key])
 
-    def state_dict(self) -> Dict:
+    def state_dict(self) -> dict:
         return {"updates": self.updates, "averages": self._averages}
 
-    def load_state_dict(self, state: Dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
         self._copy(state["averages"], self._averages)
 
@@ -76,3 +81,29 @@ class AverageWeights(HookBase):
 
     def after_step(self):
         self._average.update()
+
+
+class AverageStatistics(HookBase):
+    """
+    After every step, replaces the running statistics of batch norms that normalise each process' images separately by
+    their mean over all processes (running averages are linear, so nothing else changes). The model that all processes
+    evaluate is then the one that the first process saves. timm's ``distribute_bn`` does the same once an epoch, a
+    buffer at a time.
+    """
+
+    @torch.no_grad()
+    def after_step(self):
+        buffers = [
+            buffer
+            for module in self.trainer.model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
+        if not buffers or comm.get_world_size() == 1:
+            return
+        means = torch.cat(buffers)
+        dist.all_reduce(means)
+        means /= comm.get_world_size()
+        for buffer, mean in zip(buffers, means.split([len(buffer) for buffer in buffers])):
+            buffer.copy_(mean)

@@ -4,6 +4,7 @@ Image classification as a Detectron2 meta-architecture.
 Shapes: N images of a batch, K classes, C channels of the classified feature map.
 """
 
+import contextlib
 from typing import Dict, List, Optional, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kd_det.errors import unknown_name
 from kd_det.features.context import valid_mask
 from kd_det.weights.convert import classifier_names
+from kd_det.weights.strict import MisfitError, describe_misfits, misshapen
 
 __all__ = ["ImageClassifier"]
 
@@ -67,7 +69,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         if input_size:
-            # Inside the backbone's call: to whoever runs the backbone alone, its maps cover the images it was given.
+            # In the backbone's call, so that its maps cover the images it is given also for those who run it alone.
             self.backbone.register_forward_pre_hook(
                 lambda _, args: (
                     F.interpolate(args[0], size=(input_size, input_size), mode="bilinear", antialias=True),
@@ -127,10 +129,16 @@ class ImageClassifier(nn.Module):
         return [{"scores": scores} for scores in self.logits(batched_inputs).softmax(dim=1)]
 
     def task_losses(self, batched_inputs: List[Dict]) -> Dict[str, Tensor]:
-        """The losses of training, also in eval mode, and differentiable twice. For gradients at the input."""
+        """
+        The losses of training, also in eval mode, and differentiable twice. Without autocast where the images want
+        gradients.
+        """
         targets = self._targets(batched_inputs)
-        logits = self.logits(batched_inputs)
-        return {"loss_cls": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+        # Gradients at the pixels, per grey value, lie below float16's range.
+        full_precision = any(x["image"].requires_grad for x in batched_inputs)
+        with torch.autocast(self.device.type, enabled=False) if full_precision else contextlib.nullcontext():
+            logits = self.logits(batched_inputs)
+            return {"loss_cls": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
 
     def logits(self, batched_inputs: List[Dict]) -> Tensor:
         """(N, K)."""
@@ -174,11 +182,13 @@ class ImageClassifier(nn.Module):
         for old, new in renamed.items():
             state_dict[prefix + new] = state_dict.pop(prefix + old)
         own = self.state_dict()
-        for key in [name for name in renamed.values() if name in own]:
-            found, expected = tuple(state_dict[prefix + key].shape), tuple(own[key].shape)
-            if found != expected:
-                hint = (
-                    f" The weights classify {found[0]} classes, not {expected[0]}." if key.startswith("linear.") else ""
-                )
-                raise ValueError(f"Weights that do not fit: {key} is {found}, expected {expected}.{hint}")
+        unfit = [
+            misshapen(name, state_dict[prefix + name].shape, own[name].shape)
+            for name in renamed.values()
+            if name in own and state_dict[prefix + name].shape != own[name].shape
+        ]
+        if unfit:
+            classes = state_dict.get(f"{prefix}linear.weight", own["linear.weight"]).shape[0]
+            hint = f"; they classify {classes} classes, not {self.num_classes}" if classes != self.num_classes else ""
+            raise MisfitError(describe_misfits(misshapen=unfit) + hint)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,6 +1,7 @@
 """The trainer of the pretraining stage: kd_det's, with classes, an average of the weights and a backbone file."""
 
 import contextlib
+import functools
 import logging
 import os
 
@@ -10,14 +11,15 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from kd_det.classification.average import AverageWeights, WeightAverage
+from kd_det.classification.average import AverageStatistics, AverageWeights, WeightAverage
 from kd_det.classification.classifier import ImageClassifier
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.loader import build_test_loader, build_train_loader
 from kd_det.engine.trainer import EVALUATORS, Trainer
 from kd_det.errors import UserError
 from kd_det.student import student_class
-from kd_det.weights.convert import backbone_metadata, backbone_weights, save_backbone
+from kd_det.weights.backbone_file import backbone_metadata, backbone_weights, save_backbone
+from kd_det.weights.files import write_aside
 
 __all__ = ["AVERAGE_FILE", "BACKBONE_FILE", "ClassificationTrainer", "check_trainer", "is_classifier", "trainer_class"]
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 BACKBONE_FILE = "backbone.pkl"
 AVERAGE_FILE = "model_ema.pth"
 
-EVALUATORS["classification"] = lambda name, output_dir: ClassificationEvaluator()
+EVALUATORS["classification"] = lambda cfg, name, output_dir: ClassificationEvaluator()
 
 
 class ClassificationTrainer(Trainer):
@@ -53,26 +55,30 @@ class ClassificationTrainer(Trainer):
         # DefaultTrainer's __init__ calls this with the model built and nothing loaded.
         decay = self.cfg.CLASSIFICATION.EMA_DECAY
         self.average = WeightAverage(_plain(self.model), decay) if decay else None
-        ret = super().build_hooks()
-        if self.average is not None:
-            # Before the checkpointer, so that a checkpoint holds the average of its own weights.
-            ret.insert(0, AverageWeights(self.average))
-            ret = [_Evaluation(self) if isinstance(hook, hooks.EvalHook) else hook for hook in ret]
-        return [*ret, _ExportBackbone()]
+        ret = [self._evaluation() if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+        # Before the checkpointer, so that a checkpoint holds the averages of its own weights.
+        first = [AverageStatistics(), *([AverageWeights(self.average)] if self.average is not None else [])]
+        return [*first, *ret, _ExportBackbone()]
+
+    def _evaluation(self) -> hooks.EvalHook:
+        """Evaluates the average, if one is kept; one loader a data set serves all evaluations, with its workers."""
+        loader = functools.cache(functools.partial(self.build_test_loader, self.cfg))
+
+        class Evaluated(type(self)):  # DefaultTrainer.test calls class methods
+            @classmethod
+            def build_test_loader(cls, cfg, dataset_name):
+                return loader(dataset_name)
+
+        def evaluate():
+            with self.averaged():
+                self._last_eval_results = Evaluated.test(self.cfg, self.model)
+            return self._last_eval_results
+
+        return hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate)
 
     def averaged(self):
         """Inside this context, the model's weights are their average, if one is kept."""
         return self.average.applied() if self.average is not None else contextlib.nullcontext()
-
-
-class _Evaluation(hooks.EvalHook):
-    def __init__(self, trainer: ClassificationTrainer):
-        def evaluate():
-            with trainer.averaged():
-                trainer._last_eval_results = trainer.test(trainer.cfg, trainer.model)
-            return trainer._last_eval_results
-
-        super().__init__(trainer.cfg.TEST.EVAL_PERIOD, evaluate)
 
 
 class _ExportBackbone(HookBase):
@@ -85,8 +91,9 @@ class _ExportBackbone(HookBase):
             model = _plain(trainer.model)
             save_backbone(path, backbone_weights(model), backbone_metadata(trainer.cfg))
             if trainer.average is not None:
-                torch.save({"model": model.state_dict()}, os.path.join(trainer.cfg.OUTPUT_DIR, AVERAGE_FILE))
-        logger.info(f"Backbone for detectors: {path}. It wants their images so: {backbone_metadata(trainer.cfg)}")
+                average = os.path.join(trainer.cfg.OUTPUT_DIR, AVERAGE_FILE)
+                write_aside(average, lambda file: torch.save({"model": model.state_dict()}, file))
+        logger.info(f"Backbone for detectors: {path}. They must give it such images: {backbone_metadata(trainer.cfg)}")
 
 
 def is_classifier(cfg: CfgNode) -> bool:

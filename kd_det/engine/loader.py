@@ -8,18 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
-from detectron2.data import build as detectron2_build
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from kd_det.data import CheckedMapper, DatasetError
-from kd_det.errors import one_line
+from kd_det.errors import UserError, one_line
 from kd_det.random_state import preserved_random_state, seed_everything
 
-__all__ = ["ResumableLoader", "build_train_loader"]
+__all__ = ["ResumableLoader", "ResumableSampler", "build_train_loader", "images_per_process"]
 
 
 def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=None) -> "ResumableLoader":
@@ -32,47 +36,62 @@ def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=
         mapper: from a dataset dict to the model's input; default: ``DatasetMapper(cfg, is_train=True)``.
         dataset: a list of dataset dicts, or an indexable data set; default: those of ``DATASETS.TRAIN``.
     """
-    seed = comm.shared_random_seed()
-    with preserved_random_state():
-        parts = detectron2_build._train_loader_from_config(cfg, mapper=mapper, dataset=dataset)
-    dataset = parts["dataset"]
+    batch_size = images_per_process(cfg)
+    if dataset is None:
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
 
-    batch_size, rest = divmod(parts["total_batch_size"], comm.get_world_size())
-    if rest or batch_size < 1:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {parts['total_batch_size']} (images of all processes together) must be a multiple "
-            f"of the number of processes, {comm.get_world_size()}."
-        )
-
-    def build_sampler():
-        # Detectron2's samplers draw their seeds from NumPy.
-        return detectron2_build._train_loader_from_config(cfg, mapper=parts["mapper"], dataset=dataset)["sampler"]
+    def build_sampler() -> Sampler:
+        loader = build_detection_train_loader(cfg, mapper=_unmapped, dataset=dataset)
+        if isinstance(loader, AspectRatioGroupedDataset):
+            loader = loader.dataset
+        return loader.dataset.sampler
 
     return ResumableLoader(
         dataset,
-        parts["mapper"],
+        DatasetMapper(cfg, is_train=True) if mapper is None else mapper,
         build_sampler,
         batch_size=batch_size,
-        aspect_ratio_grouping=parts["aspect_ratio_grouping"],
-        num_workers=parts["num_workers"],
-        seed=seed,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=comm.shared_random_seed(),
     )
+
+
+def images_per_process(cfg: CfgNode) -> int:
+    """
+    ``SOLVER.IMS_PER_BATCH`` divided among the processes of the run.
+
+    Raises:
+        UserError: it is not a multiple of their number.
+    """
+    ret, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    if rest or ret < 1:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images of all processes together) must be a multiple "
+            f"of the number of processes, {comm.get_world_size()}."
+        )
+    return ret
 
 
 class ResumableLoader:
     """
-    An endless iterable of batches. Batch k holds the k-th group of images in the sampler's order, and what the mapper
-    draws at random for an image depends on the seed and the image's place in that order alone: neither on the number
-    of workers nor on what was drawn before.
+    An endless iterable of batches, loaded by Detectron2's ``build_detection_train_loader``. Batch k holds the k-th
+    group of images in the sampler's order, and what the mapper draws at random for an image depends on the seed and
+    the image's place in that order alone: neither on the number of workers nor on what was drawn before.
     """
 
     def __init__(
         self,
         dataset,
         mapper: Callable,
-        build_sampler: Callable,
+        build_sampler: Callable[[], Sampler],
         *,
         batch_size: int,
         aspect_ratio_grouping: bool = True,
@@ -84,116 +103,142 @@ class ResumableLoader:
         Args:
             dataset: an indexable data set of dataset dicts.
             mapper: from a dataset dict to the model's input; None where it has none.
-            build_sampler: returns an iterable of this process' indices, seeded by NumPy's random state.
+            build_sampler: returns a sampler of this process' indices, seeded by NumPy's random state as Detectron2's
+                samplers are.
             batch_size: images in a batch of this process.
             aspect_ratio_grouping: no batch mixes landscape with portrait; the dicts then have "width" and "height".
             num_workers: processes that load, 0 for this one.
             seed: the same in all processes.
-            options: of PyTorch's ``DataLoader``, such as ``prefetch_factor``.
+            options: attributes of PyTorch's ``DataLoader``: ``prefetch_factor``, ``pin_memory``.
         """
-        self._images = _SeededImages(dataset, CheckedMapper(mapper), seed)
+        self.first = 0
+        self._seed = seed
+        self._dataset = dataset
+        self._mapper = CheckedMapper(mapper)
         self._build_sampler = build_sampler
         self._batch_size = batch_size
-        self._wide = None
+        self._wide = np.zeros(len(dataset), dtype=bool)
         if aspect_ratio_grouping:
             self._wide = np.array([_is_wide(dataset[i]) for i in range(len(dataset))])
         self._num_workers = num_workers
         self._options = options
-        self._first = 0
 
     def state_dict(self) -> dict:
         """What the order of batches depends on."""
-        return {"seed": self._images.seed, "batch_size": self._batch_size, "processes": comm.get_world_size()}
+        return {"seed": self._seed, "batch_size": self._batch_size, "processes": comm.get_world_size()}
 
     def load_state_dict(self, state: dict) -> None:
-        self._images.seed = state["seed"]
+        self._seed = state["seed"]
 
     def start_at(self, batch: int) -> None:
         """The next iteration over this loader begins with this batch."""
-        self._first = batch
+        self.first = batch
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator: workers start with the first batch, when it is known which one that is.
-        loader = DataLoader(
-            self._images,
-            batch_sampler=itertools.islice(self._batches(), self._first, None),
-            num_workers=self._num_workers,
-            collate_fn=_as_list,
-            generator=torch.Generator().manual_seed(self._images.seed),  # leaves the global one alone
-            **{**self._options, "worker_init_fn": _WorkerInit(self._options.get("worker_init_fn"))},
-        )
-        for batch in loader:
+        with preserved_random_state():  # PyTorch draws a seed for its workers
+            seed_everything(self._seed)
+            sampler = ResumableSampler(self._build_sampler(), self._wide, self._batch_size, first=self.first)
+            images = ToIterableDataset(
+                _SeededImages(self._dataset, self._mapper, self._seed), sampler, shard_sampler=False
+            )
+            loader = build_detection_train_loader(
+                images,
+                mapper=None,
+                total_batch_size=self._batch_size * comm.get_world_size(),
+                aspect_ratio_grouping=False,  # the sampler has grouped them
+                num_workers=self._num_workers,
+            )
+            loader.worker_init_fn = _outlive_signals
+            for name, value in self._options.items():
+                setattr(loader, name, value)
+            batches = iter(loader)
+        for batch in batches:
             for image in batch:
                 if isinstance(image, DatasetError):
                     raise image
             yield batch
 
+
+class ResumableSampler(Sampler):
+    """
+    A sampler's order from one batch on, grouped by aspect ratio: every ``batch_size`` items in a row are a batch. In a
+    worker of a ``DataLoader``, the items of the batches that this worker loads.
+
+    Yields:
+        (place, index): an image's place in the order of all processes, and its index in the data set.
+    """
+
+    def __init__(self, sampler: Sampler, wide: np.ndarray, batch_size: int, *, first: int = 0):
+        """
+        Args:
+            sampler: an endless one of this process' indices, such as Detectron2's for training.
+            wide: (images,) bool, the group of each image.
+            batch_size: images in a batch of this process.
+            first: number of the first batch.
+        """
+        self._sampler = sampler
+        self._wide = wide.tolist()
+        self._batch_size = batch_size
+        self._first = first
+        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        worker = get_worker_info()
+        turn, turns = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        batches = itertools.islice(self._batches(), self._first + turn, None, turns)
+        return itertools.chain.from_iterable(batches)
+
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Lists of an image's place in the order of all processes and its index in the data set."""
-        with preserved_random_state():
-            seed_everything(self._images.seed)
-            sampler = self._build_sampler()
-        places = itertools.count(comm.get_rank(), comm.get_world_size())
         groups: dict[bool, list] = {False: [], True: []}
-        for place, index in zip(places, sampler, strict=False):
-            wide = bool(self._wide[index]) if self._wide is not None else False
-            groups[wide].append((place, index))
-            if len(groups[wide]) == self._batch_size:
-                yield groups[wide]
-                groups[wide] = []
+        for place, index in zip(itertools.count(self._rank, self._world_size), self._sampler, strict=False):
+            group = groups[self._wide[index]]
+            group.append((place, index))
+            if len(group) == self._batch_size:
+                yield group.copy()
+                group.clear()
 
 
 class _SeededImages(Dataset):
     def __init__(self, dataset, mapper: Callable, seed: int):
-        self.dataset = dataset
-        self.mapper = mapper
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        self._dataset = dataset
+        self._mapper = mapper
+        self._seed = seed
 
     def __getitem__(self, place_and_index: tuple[int, int]):
-        place, index = place_and_index
         if get_worker_info() is not None:
             try:
-                return self._load(place, index)
+                return self._load(*place_and_index)
             except DatasetError as e:
                 return e  # raised by the loader: a worker would wrap it in its own traceback
         with preserved_random_state():
-            return self._load(place, index)
+            return self._load(*place_and_index)
 
     def _load(self, place: int, index: int) -> dict:
-        seed_everything(self.seed, place)
+        seed_everything(self._seed, place)
         for _ in range(100):
-            record = self.dataset[index]
+            record = self._dataset[index]
             try:
-                image = self.mapper(record)
+                image = self._mapper(record)
             except DatasetError:
                 raise
             except ValueError as e:
                 raise DatasetError(f"image {record.get('file_name')} cannot be prepared: {one_line(e)}") from e
             if image is not None:
                 return image
-            index = random.randrange(len(self.dataset))  # a mapper's None means: take another, as in Detectron2
+            index = random.randrange(len(self._dataset))  # a mapper's None means: take another, as in Detectron2
         raise DatasetError("the mapper rejected 100 images in a row")
 
 
-class _WorkerInit:
+def _outlive_signals(worker_id: int) -> None:
     """
     A cluster's SIGTERM goes to all processes of a run, a terminal's SIGINT too; but the step that the trainer finishes
-    may still wait for an image. So workers end when the trainer says so, and at no other's request.
+    may still wait for an image. So a worker ends when the trainer's process sends SIGTERM, and at no other's request.
     """
-
-    def __init__(self, init: Callable | None):
-        self._init = init
-
-    def __call__(self, worker_id: int):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, "sigwaitinfo"):  # says whose signal it is; macOS has none
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-        if self._init is not None:
-            self._init(worker_id)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # it tells who sent the signal; macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with(trainer: int) -> None:
@@ -202,13 +247,13 @@ def _end_with(trainer: int) -> None:
     os._exit(0)  # as PyTorch's own handler
 
 
+def _unmapped(record: dict) -> dict:
+    return record
+
+
 def _is_wide(record: dict) -> bool:
     if not {"width", "height"} <= set(record):
         raise DatasetError(
             f"{record.get('file_name', 'an image')}: no width and height, which DATALOADER.ASPECT_RATIO_GROUPING needs"
         )
     return record["width"] > record["height"]
-
-
-def _as_list(batch: list) -> list:
-    return batch

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-import os
+import math
 import time
 
 import torch
@@ -10,49 +10,69 @@ import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
-from kd_det.errors import one_line
+from kd_det.engine.stopping import StopSignals, any_rank
+from kd_det.errors import one_line, unknown_name
 
-__all__ = ["NON_FINITE", "TrainStep", "any_rank"]
+__all__ = ["NON_FINITE", "PRECISIONS", "TrainStep"]
 
 logger = logging.getLogger(__name__)
 
 # Values of KD.NON_FINITE.
 NON_FINITE = ("stop", "skip")
 
-# So many skipped steps in a row are not the images' fault: the weights themselves are gone.
+# Values of KD.AMP_PRECISION.
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# After so many skipped steps in a row, the cause is not the images but the weights.
 MOST_SKIPPED_IN_A_ROW = 100
 
 
 class TrainStep(SimpleTrainer):
     """
-    ``SimpleTrainer``, and ``AMPTrainer`` where ``amp``: float16 with scaled gradients on a GPU, bfloat16 on the CPU.
+    The step of ``SimpleTrainer`` or, with ``precision``, of ``AMPTrainer``, which itself needs CUDA. The host waits for
+    the device once a step: when it reads the losses of all ranks and whether their gradients are finite.
 
     A step with a non-finite loss or gradient never reaches the weights. "stop" ends training; "skip" leaves weights,
     optimizer and buffers as they were and counts the step as ``non_finite_steps``, on all ranks alike. Both write the
     batch to ``dump_dir``.
     """
 
-    def __init__(self, model, data_loader, optimizer, *, amp: bool = False, non_finite: str = "stop", dump_dir: str):
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        *,
+        precision: torch.dtype | None = None,
+        non_finite: str = "stop",
+        dump_dir: str,
+        signals: StopSignals | None = None,
+    ):
         """
         Args:
             model, data_loader, optimizer: as of ``SimpleTrainer``.
-            amp: run the forward under autocast.
+            precision: of the forward under autocast, ``float16`` (with scaled gradients) or ``bfloat16``; None: all in
+                float32. The CPU takes ``bfloat16`` for either.
             non_finite: "stop" or "skip".
             dump_dir: where batches with non-finite losses are written.
+            signals: requests to stop, which the ranks exchange with their losses.
 
         Raises:
             ValueError: another value of ``non_finite``.
         """
         if non_finite not in NON_FINITE:
-            raise ValueError(f"KD.NON_FINITE must be one of {', '.join(NON_FINITE)}, found {non_finite!r}.")
+            raise ValueError(unknown_name("KD.NON_FINITE", non_finite, NON_FINITE))
         super().__init__(model, data_loader, optimizer)
-        self._device = next(model.parameters()).device.type
-        self._amp = amp
-        self.grad_scaler = torch.amp.GradScaler(self._device, enabled=amp and self._device == "cuda")
+        self._device = next(model.parameters()).device
+        self._precision = torch.bfloat16 if precision is not None and self._device.type == "cpu" else precision
+        self.grad_scaler = torch.amp.GradScaler(self._device.type) if self._precision is torch.float16 else None
         self._skips = non_finite == "skip"
         self._dump_dir = dump_dir
+        self._signals = signals if signals is not None else StopSignals()
         self.non_finite_steps = 0
         self._skipped_in_a_row = 0
 
@@ -65,93 +85,140 @@ class TrainStep(SimpleTrainer):
         if not self.model.training:
             raise RuntimeError("the model was changed to eval mode")
         start = time.perf_counter()
+        # SimpleTrainer's: an attribute in v0.6, a property in main.
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self._skips else []
-        losses, problem = {}, None
         try:
-            with self._watching_other_ranks():
-                losses, problem = self._forward(batch)
-            # Whether to skip is decided before backward, in which ranks wait for each other.
-            if self._skips and any_rank(problem is not None) and not problem:
-                raise _OtherRankFailed
-        except _OtherRankFailed:
-            self._skip(f"iteration {self.iter}: a loss of another process is not finite.", buffers)
+            losses = self._forward(batch)
+        except FloatingPointError as e:  # a proposal generator's
+            self._give_up(f"{one_line(e)} {self._dump(batch, {})}", buffers)
             return
-        if not problem:
-            self.optimizer.zero_grad()
-            self.grad_scaler.scale(sum(losses.values())).backward()
-            if hasattr(self, "after_backward"):  # not in v0.6
-                self.after_backward()
-            problem = self._problem_of_gradients()  # of all ranks: they are averaged
-        if problem:
-            problem = f"iteration {self.iter}: {problem} {self._dump(batch, losses)}"
-            if not self._skips:
-                raise FloatingPointError(problem)
-            self._skip(problem, buffers)
+        except _OtherRankFailed:
+            self._give_up("a loss of another process is not finite.", buffers)
+            return
+        total = sum(losses.values())
+        self.optimizer.zero_grad()
+        (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+
+        ranks = self._exchange(losses, data_time)
+        if (problem := self._problem(losses, ranks, batch)) is not None:
+            self._give_up(problem, buffers)
             return
         self._skipped_in_a_row = 0
-        self._write_metrics(losses, data_time)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+        self._log(list(losses), ranks)
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
 
     def state_dict(self):
         ret = super().state_dict()
-        if self.grad_scaler.is_enabled():
+        if self.grad_scaler is not None:
             ret["grad_scaler"] = self.grad_scaler.state_dict()
         ret["non_finite_steps"] = self.non_finite_steps
         return ret
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
+        if self.grad_scaler is not None and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.non_finite_steps = state_dict.get("non_finite_steps", 0)
 
-    def _forward(self, batch) -> tuple[dict[str, Tensor], str | None]:
-        """The losses, and what is wrong with them."""
-        dtype = torch.bfloat16 if self._device == "cpu" else torch.float16
-        try:
-            with torch.autocast(self._device, dtype=dtype, enabled=self._amp):
-                losses = self.model(batch)
-        except FloatingPointError as e:  # the Distiller's, or a proposal generator's
-            return {}, one_line(e)
-        if isinstance(losses, Tensor):
-            losses = {"total_loss": losses}
-        finite = torch.isfinite(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
-        bad = [f"{name} is {loss.item()}" for (name, loss), ok in zip(losses.items(), finite, strict=True) if not ok]
-        return losses, f"the losses are not finite: {', '.join(bad)}." if bad else None
-
-    def _problem_of_gradients(self) -> str | None:
-        """What is wrong with the gradients; a gradient scaler looks for itself."""
-        if self.grad_scaler.is_enabled():
-            return None
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None and p.numel()}
-        if not gradients:
-            return None
-        largest = torch.stack([torch.linalg.vector_norm(g, float("inf")).float() for g in gradients.values()])
-        bad = [name for name, ok in zip(gradients, torch.isfinite(largest).tolist(), strict=True) if not ok]
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return f"the losses are finite, the gradients of {', '.join(bad[:5])}{more} are not." if bad else None
+    def _forward(self, batch) -> dict[str, Tensor]:
+        autocast = contextlib.nullcontext()
+        if self._precision is not None:
+            autocast = torch.autocast(self._device.type, dtype=self._precision)
+        with self._watching_other_ranks(), autocast:
+            losses = self.model(batch)
+        return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
     @contextlib.contextmanager
     def _watching_other_ranks(self):
         """
-        Inside, a student's forward that went well asks whether it went well on all ranks. One that raised
-        ``FloatingPointError`` will never come to what the ranks do together in the distillation losses.
+        A rank whose forward raised ``FloatingPointError`` never comes to what the ranks do together afterwards: in the
+        distillation losses and in backward. Where such a step is skipped, the ranks tell each other how the student's
+        forward went, and all give it up.
         """
-        student = getattr(getattr(self.model, "module", self.model), "student", None)
-        if not self._skips or student is None or comm.get_world_size() == 1:
+        if not self._skips or comm.get_world_size() == 1:
             yield
             return
-        handle = student.register_forward_hook(_ask_other_ranks)
+        told = []
+
+        def tell(failed: bool):
+            told.append(failed)
+            if any_rank(failed) and not failed:
+                raise _OtherRankFailed
+
+        model = getattr(self.model, "module", self.model)
+        handle = getattr(model, "student", model).register_forward_hook(lambda *_: tell(False))
         try:
             yield
+        except FloatingPointError as e:
+            if told:  # the other ranks are past the point at which they would hear of it
+                raise RuntimeError(f"{one_line(e)} It was raised behind the student's forward.") from e
+            tell(True)
+            raise
         finally:
             handle.remove()
 
-    def _skip(self, problem: str, buffers: list[tuple[Tensor, Tensor]]):
+    @torch.no_grad()
+    def _exchange(self, losses: dict[str, Tensor], data_time: float) -> list[list[float]]:
+        """
+        A row for each rank: its losses, the largest magnitude in its gradients, its data_time and whether it was asked
+        to stop. It takes one collective and one read of the device.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None and p.numel()]
+        if self.grad_scaler is not None or not gradients:  # a scaler looks for itself, and lowers its scale
+            largest = torch.zeros((), device=self._device)
+        else:
+            largest = get_total_norm(gradients, math.inf)
+        on_host = torch.tensor([data_time, bool(self._signals.requested)])
+        parts = [*losses.values(), largest, *on_host]
+        # Without non_blocking, a copy to the device waits for it.
+        row = torch.stack([part.to(self._device, torch.float32, non_blocking=True) for part in parts])
+        if comm.get_world_size() == 1:
+            return [row.tolist()]
+        rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
+        dist.all_gather(rows, row)
+        ret = torch.stack(rows).tolist()
+        self._signals.agreed = any(row[-1] for row in ret)
+        return ret
+
+    def _problem(self, losses: dict[str, Tensor], ranks: list[list[float]], batch) -> str | None:
+        """What is not finite in this step; None if all is well."""
+        own = dict(zip(losses, ranks[comm.get_rank()], strict=False))
+        values_of_all = [value for row in ranks for value in row[: len(losses)]]
+        if bad := [f"{name} is {value}" for name, value in own.items() if not math.isfinite(value)]:
+            what = f"the losses are not finite: {', '.join(bad)}."
+        elif not all(map(math.isfinite, values_of_all)):
+            return "a loss of another process is not finite."
+        elif not all(math.isfinite(row[len(losses)]) for row in ranks):
+            gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            what = f"the losses are finite, the gradients of {', '.join(bad[:5])}{more} are not."
+        else:
+            return None
+        return f"{what} {self._dump(batch, losses)}"
+
+    def _log(self, names: list[str], ranks: list[list[float]]):
+        """What ``SimpleTrainer.write_metrics`` logs, without its collectives of pickles and a read for each loss."""
+        if not comm.is_main_process():
+            return
+        storage = get_event_storage()
+        storage.put_scalar("data_time", max(row[-2] for row in ranks))
+        means = {name: sum(row[i] for row in ranks) / len(ranks) for i, name in enumerate(names)}
+        storage.put_scalar("total_loss", sum(means.values()))
+        if len(means) > 1:
+            storage.put_scalars(**means)
+
+    def _give_up(self, problem: str, buffers: list[tuple[Tensor, Tensor]]):
+        problem = f"iteration {self.iter}: {problem}"
+        if not self._skips:
+            raise FloatingPointError(problem)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -166,30 +233,16 @@ class TrainStep(SimpleTrainer):
     def _dump(self, batch, losses: dict[str, Tensor]) -> str:
         """Write the batch for :func:`torch.load`; returns what to tell about it."""
         files = ", ".join(str(image.get("file_name", "(no file name)")) for image in batch)
-        path = os.path.join(self._dump_dir, f"iter_{self.iter:07d}_rank_{comm.get_rank()}.pth")
-        os.makedirs(self._dump_dir, exist_ok=True)
+        PathManager.mkdirs(self._dump_dir)
+        path = f"{self._dump_dir}/iter_{self.iter:07d}_rank_{comm.get_rank()}.pth"
         values = {name: loss.detach().cpu() for name, loss in losses.items()}
-        torch.save({"iteration": self.iter, "losses": values, "batch": [_plain(image) for image in batch]}, path)
+        with PathManager.open(path, "wb") as file:
+            torch.save({"iteration": self.iter, "losses": values, "batch": [_plain(image) for image in batch]}, file)
         return f"Images: {files}. The batch is in {path}."
 
 
 class _OtherRankFailed(Exception):
     """The forward was given up because that of another process failed."""
-
-
-def _ask_other_ranks(module, args, output) -> None:
-    if any_rank(False):
-        raise _OtherRankFailed
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any process; all processes must ask."""
-    if comm.get_world_size() == 1:
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flags = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
 
 
 def _plain(image: dict) -> dict:

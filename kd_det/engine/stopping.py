@@ -7,11 +7,12 @@ import sys
 import threading
 from collections.abc import Callable
 
+import torch
+import torch.distributed as dist
 from detectron2.engine import hooks
+from detectron2.utils import comm
 
-from kd_det.engine.step import any_rank
-
-__all__ = ["RESUMABLE", "CheckpointHook", "StopSignals", "handling_requests", "restartable"]
+__all__ = ["RESUMABLE", "CheckpointHook", "StopSignals", "any_rank", "handling_requests", "restartable"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +20,22 @@ logger = logging.getLogger(__name__)
 RESUMABLE = 75
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set in any process; all processes must call it."""
+    if comm.get_world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flags = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
 @contextlib.contextmanager
 def handling_requests(handler: Callable):
-    """Inside, SIGTERM and SIGINT call ``handler(signum, frame)``, if this is the main thread; others may not."""
+    """
+    A context in which SIGTERM and SIGINT call ``handler(signum, frame)``. It changes nothing outside the main thread,
+    where Python allows no handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,13 +55,15 @@ def restartable():
 class StopSignals:
     """
     While ``handled()``, the first SIGTERM or SIGINT sets ``requested``; between steps, where ``between_steps``, it also
-    ends the process by ``SystemExit(RESUMABLE)``: an evaluation is not waited for. A second SIGINT interrupts in any
-    case, so that a user at a terminal does not have to wait.
+    ends the process by ``SystemExit(RESUMABLE)``, because an evaluation would take too long. A second SIGINT always
+    interrupts, so that a user at a terminal does not have to wait.
     """
 
     def __init__(self):
         self.requested = ""  # the signal's name
         self.between_steps = False
+        # Whether any rank was asked to stop, where the step has exchanged it; all ranks then hold the same.
+        self.agreed: bool | None = None
 
     def handled(self):
         return handling_requests(self._request)
@@ -62,9 +78,9 @@ class StopSignals:
 
 class CheckpointHook(hooks.PeriodicCheckpointer):
     """
-    Detectron2's, on all ranks, because each brings its random state; and after any step at which one of them was
-    asked to stop, or that was followed by an evaluation that did not end. Then it ends training by
-    ``SystemExit(RESUMABLE)``.
+    Detectron2's hook, on all ranks, because each contributes its random state. It also saves after a step at which
+    any rank was asked to stop, and after one that was followed by an evaluation that did not end; then it ends
+    training by ``SystemExit(RESUMABLE)``.
     """
 
     def __init__(self, checkpointer, period: int, signals: StopSignals, *, eval_period: int = 0):
@@ -81,10 +97,13 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
 
     def before_step(self):
         self._signals.between_steps = self._can_save = False
+        self._signals.agreed = None
 
     def after_step(self):
         iteration = self.trainer.iter
-        stop = any_rank(bool(self._signals.requested))
+        stop = self._signals.agreed
+        if stop is None:
+            stop = any_rank(bool(self._signals.requested))
         last = iteration + 1 >= self.max_iter
         on_time = last or (iteration + 1) % self.period == 0
         evaluates = self._eval_period > 0 and (iteration + 1) % self._eval_period == 0
@@ -94,7 +113,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         if stop and not on_time:
             self._save(iteration)
         if on_time or stop:
-            # Nobody ends before rank 0 has saved; and somebody may have been asked to stop meanwhile.
+            # No rank ends before rank 0 has saved, and another one may have been asked to stop meanwhile.
             stop = any_rank(bool(self._signals.requested))
         if stop and not last:
             reason = self._signals.requested or "another process"

@@ -2,27 +2,28 @@
 
 import logging
 import os
-import warnings
+import socket
 import weakref
+from typing import Protocol, runtime_checkable
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from kd_det.data import DatasetError
-from kd_det.engine.evaluation import COCOEvaluator
+from kd_det.data import DatasetError, evaluator_type
+from kd_det.engine.evaluation import COCOEvaluator, test_with_augmentation
 from kd_det.engine.loader import build_train_loader
-from kd_det.engine.step import TrainStep
+from kd_det.engine.resuming import RESUME_SOLVER, check_optimizer_state, options_of, settle_options
+from kd_det.engine.step import PRECISIONS, TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
 from kd_det.errors import UserError, one_line, unknown_name
 from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
-from kd_det.weights.checkpoint import SafeCheckpointer, load_strictly
+from kd_det.weights.checkpoint import SafeCheckpointer
+from kd_det.weights.strict import load_strictly
 
 __all__ = ["EVALUATORS", "Trainer", "evaluate"]
 
@@ -30,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 # By the ``evaluator_type`` of a data set's metadata.
 EVALUATORS = {
-    "coco": lambda name, output_dir: COCOEvaluator(name, output_dir=output_dir),
-    "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
+    "coco": lambda cfg, name, output_dir: COCOEvaluator(
+        name, output_dir=output_dir, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    ),
+    "pascal_voc": lambda cfg, name, output_dir: PascalVOCDetectionEvaluator(name),
 }
 
 
@@ -49,28 +52,50 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        kd = cfg.get("KD", {})
+        for key, valid in (("AMP_PRECISION", PRECISIONS), ("RESUME_SOLVER", RESUME_SOLVER)):
+            if kd.get(key, next(iter(valid))) not in valid:
+                raise UserError(unknown_name(f"KD.{key}", kd[key], valid))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        model = _distributed(model)
-        kd = cfg.get("KD", {})
+        devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}  # its default numbers a GPU
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        self._signals = StopSignals()
         self._trainer = TrainStep(
             model,
             data_loader,
             optimizer,
-            amp=cfg.SOLVER.AMP.ENABLED,
+            precision=PRECISIONS[kd.get("AMP_PRECISION", "float16")] if cfg.SOLVER.AMP.ENABLED else None,
             non_finite=kd.get("NON_FINITE", "stop"),
             dump_dir=os.path.join(cfg.OUTPUT_DIR, "non_finite"),
+            signals=self._signals,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self._signals = StopSignals()
         self._random_states: dict = {}  # of every rank, and the iteration after which they were
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """As ``DefaultTrainer.auto_scale_workers``; the schedules of the distillation losses are scaled likewise."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg or "KD" not in cfg:
+            return scaled
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+        for node in (scaled.KD, *(node for node in scaled.KD.values() if isinstance(node, CfgNode))):
+            for key in ("WARMUP_ITERS", "STOP_ITER"):
+                if (node.get(key) or 0) > 0:  # None: that of KD; -1: never
+                    node[key] = round(node[key] / scale)
+        if frozen:
+            scaled.freeze()
+        return scaled
 
     def build_hooks(self) -> list:
         ret = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
@@ -82,14 +107,42 @@ class Trainer(DefaultTrainer):
             eval_period=self.cfg.TEST.EVAL_PERIOD,
         )
         ret.insert(before_evaluation, checkpoints)
+        # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
+        loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
+        self._loaders = [loader for loader in (self.data_loader, *loaders) if isinstance(loader, _Resumable)]
+        for loader in self._loaders[1:]:
+            loader.load_state_dict(self._loaders[0].state_dict())
         return ret
 
     def resume_or_load(self, resume: bool = True) -> None:
+        """
+        As ``DefaultTrainer.resume_or_load``.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint is missing (on all ranks alike, if on one), damaged, or of
+                another model.
+        """
+        self._check_that_ranks_resume_alike(resume)
         super().resume_or_load(resume)
-        if self.start_iter and hasattr(self.data_loader, "start_at"):
-            self.data_loader.start_at(self.start_iter)
-        elif self.start_iter:
-            logger.warning("This train loader cannot go on where it was: the order of the data starts anew.")
+        if not self.start_iter:
+            return
+        if not self._loaders:
+            logger.warning("This train loader cannot continue where it was: the order of the data starts anew.")
+        evaluations = self.start_iter // self.cfg.TEST.EVAL_PERIOD if self.cfg.TEST.EVAL_PERIOD > 0 else 0
+        starts = (self.start_iter, evaluations * self.cfg.TEST.PRECISE_BN.NUM_ITER)
+        for loader, start in zip(self._loaders, starts, strict=False):
+            loader.start_at(start)
+
+    def _check_that_ranks_resume_alike(self, resume: bool) -> None:
+        """On several machines, a rank that raises alone while it loads leaves the others waiting for it."""
+        checkpoint = self.checkpointer.get_checkpoint_file() if resume and self.checkpointer.has_checkpoint() else ""
+        ranks = comm.all_gather((socket.gethostname(), os.path.basename(checkpoint)))
+        if len({name for _, name in ranks}) > 1:
+            found = ", ".join(f"rank {rank} on {host}: {name or 'none'}" for rank, (host, name) in enumerate(ranks))
+            raise UserError(
+                f"The processes do not find the same checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} ({found}). To "
+                f"resume, all machines need that folder, shared or copied."
+            )
 
     def train(self):
         """
@@ -113,13 +166,13 @@ class Trainer(DefaultTrainer):
             set_random_state(states[comm.get_rank()])
 
     def gather_random_states(self) -> None:
-        """Bring the random states of all processes to the one that saves. All processes must call it."""
+        """Send the random states of all processes to the one that saves. All processes must call it."""
         self._random_states = {"iteration": self.iter, "states": comm.gather(get_random_state())}
 
     def state_dict(self) -> dict:
         ret = super().state_dict()
         ret.setdefault("_trainer", self._trainer.state_dict())  # v0.6 leaves it out
-        if hasattr(self.data_loader, "state_dict"):
+        if self._loaders:
             ret["data_loader"] = self.data_loader.state_dict()
         if self._random_states.get("iteration") == self.iter:
             ret["random_states"] = self._random_states
@@ -131,19 +184,21 @@ class Trainer(DefaultTrainer):
         except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f"The checkpoint's trainer state is not this trainer's ({type(e).__name__}: {e}).") from e
         if "_trainer" not in state_dict:
-            logger.warning("The checkpoint brings no optimizer state: momentum starts anew.")
+            logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
         else:
-            try:
-                self._trainer.load_state_dict(state_dict["_trainer"])
-            except ValueError as e:
-                raise ValueError(f"The checkpoint is of a run with other losses or another model: {e}.") from e
+            check_optimizer_state(self.model, self.optimizer, state_dict["_trainer"]["optimizer"])
+            configured = options_of(self.optimizer)
+            self._trainer.load_state_dict(state_dict["_trainer"])
+            apply = self.cfg.get("KD", {}).get("RESUME_SOLVER", "checkpoint") == "config"
+            settle_options(self.optimizer, self.scheduler, configured, apply=apply)
         self._random_states = state_dict.get("random_states", {})
         self._load_order_of_data(state_dict.get("data_loader"))
 
     def _load_order_of_data(self, saved: dict | None) -> None:
-        if saved is None or not hasattr(self.data_loader, "load_state_dict"):
+        if saved is None or not self._loaders:
             return
-        self.data_loader.load_state_dict(saved)
+        for loader in self._loaders:
+            loader.load_state_dict(saved)
         now = self.data_loader.state_dict()
         changed = [f"{key} was {saved[key]}, is {now[key]}" for key in saved if saved[key] != now[key]]
         if changed:
@@ -155,17 +210,19 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """
-        The evaluator of the data set's ``evaluator_type``.
+        The evaluator of the data set's ``evaluator_type``; ``output_folder``: default ``OUTPUT_DIR/inference``.
 
         Raises:
             ValueError: no evaluator of that type.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        kind = evaluator_type(dataset_name)
         if kind not in EVALUATORS:
             raise ValueError(f"data set {dataset_name!r}: {unknown_name('evaluator_type', kind, EVALUATORS)}")
-        return EVALUATORS[kind](dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return EVALUATORS[kind](cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
@@ -195,7 +252,21 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
     if resume and checkpointer.has_checkpoint():
         weights = checkpointer.get_checkpoint_file()
     load_strictly(model, weights, who="student")
-    return trainer_class.test(cfg, model)
+    results = trainer_class.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(test_with_augmentation(cfg, model, trainer_class))
+    return results
+
+
+@runtime_checkable
+class _Resumable(Protocol):
+    """A train loader that starts where a run stopped, as :class:`ResumableLoader` does."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def start_at(self, batch: int) -> None: ...
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -204,13 +275,3 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     if isinstance(error, (DatasetError, FloatingPointError, OSError, UserError)):
         record.msg, record.args, record.exc_info = f"{record.msg} {one_line(error)}", (), None
     return True
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    """Detectron2's ``create_ddp_model``, which gives CPU models a device number."""
-    if comm.get_world_size() == 1:
-        return model
-    devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch has another name for it
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

@@ -1,9 +1,9 @@
 """
-Losses that are one elementwise pass over two maps, at the price of reading them once.
+Sums of squares over the channels of a map, for little more than reading it once.
 
 At p2 of an 800x1333 image a map of two images takes 137 MB. Plain autograd writes several temporaries of this size,
-and on a CPU each of them is mapped and page-faulted anew, which costs many times the arithmetic. Work goes by blocks of
-channels that stay in the cache, and the backward recomputes a block instead of having kept it.
+and on a CPU each of them is mapped and page-faulted anew, which costs many times the arithmetic. So the work is done in
+blocks of channels that stay in the cache, and the backward computes a block again instead of having kept it.
 """
 
 from typing import Callable, Iterator, Optional, Tuple
@@ -15,18 +15,23 @@ from torch.autograd.function import once_differentiable
 
 from kd_det.losses._spatial import full_precision
 
-__all__ = ["SquaredResidual", "blocks", "squared_error"]
+__all__ = ["SquaredResidual", "blocks", "squared_error", "weighted_sum"]
 
-# Elements of a block: about 2 MB of float32 on a CPU, so that it, its source and its scratch stay in the cache;
-# elsewhere, enough to make the launch of a kernel not matter.
-_BLOCK_ELEMENTS = {"cpu": 9 * 2**16}
-_BLOCK_ELEMENTS_ELSEWHERE = 2**24
+# About 2 MB of float32, so that a block, its source and its scratch stay in a CPU's cache.
+_BLOCK_ELEMENTS = 9 * 2**16
+
+# (student's block, teacher's block, the block's channels, out, scratch) -> the residual. It may be written into
+# ``out``, and ``scratch`` be used. Its derivative in the student is 1 wherever it is not 0.
+Residual = Callable[[Tensor, Optional[Tensor], slice, Tensor, Tensor], Tensor]
 
 
 def blocks(x: Tensor) -> Iterator[Tuple[slice, slice]]:
-    """Index pairs (images, channels) that cut (N, C, H, W) into blocks; the first is the largest."""
+    """
+    Index pairs (images, channels) that cut (N, C, H, W) into blocks; the first is the largest. On an accelerator, where
+    each block would be a launch of its own, there is one.
+    """
     n, c, h, w = x.shape
-    rows = max(1, _BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // max(1, h * w))
+    rows = max(1, _BLOCK_ELEMENTS // max(1, h * w)) if x.device.type == "cpu" else n * c
     images, channels = max(1, rows // c), min(rows, c)
     for i in range(0, n, images):
         for j in range(0, c, channels):
@@ -35,66 +40,66 @@ def blocks(x: Tensor) -> Iterator[Tuple[slice, slice]]:
 
 class SquaredResidual(Function):
     """
-    ``sum_n weights[n] * |r(student[n], teacher[n])|^2`` where ``r`` is elementwise with derivative 1 in the student
-    wherever it is not 0.
+    ``sum_c r(student, teacher)_c^2`` at each position, (N, H, W).
 
     Args:
-        student, teacher: (N, C, H, W) of equal shape.
-        weights: (N,).
+        student: (N, C, H, W).
+        teacher: of the same shape, or None.
+        residual: see :data:`Residual`.
         invalid: None or bool (N, 1, H, W), where the residual is 0.
-        residual: called as ``residual(student_block, teacher_block, channels, out, scratch)``; writes the residual into
-            ``out`` and may use ``scratch``, of the same shape.
     """
 
     @staticmethod
     def forward(
-        ctx,
-        student: Tensor,
-        teacher: Tensor,
-        weights: Tensor,
-        invalid: Optional[Tensor],
-        residual: Callable[[Tensor, Tensor, slice, Tensor, Tensor], None],
+        ctx, student: Tensor, teacher: Optional[Tensor], residual: Residual, invalid: Optional[Tensor]
     ) -> Tensor:
         cuts = list(blocks(student))
         out, scratch = (torch.empty_like(student[cuts[0]]) for _ in range(2))
-        total = student.new_zeros(())
-        for images, channels in cuts:
-            n, c = images.stop - images.start, channels.stop - channels.start
-            r, temporary = out[:n, :c], scratch[:n, :c]
-            residual(student[images, channels], teacher[images, channels], channels, r, temporary)
-            if invalid is not None:
-                r.masked_fill_(invalid[images], 0)
-            total += torch.mul(r, r, out=temporary).flatten(1).sum(1).dot(weights[images])
+        total = student.new_zeros((len(student), *student.shape[2:])) if len(cuts) > 1 else None
+        for cut in cuts:
+            r = _block(residual, student, teacher, invalid, cut, out, scratch)
+            squares = torch.mul(r, r, out=scratch[: r.shape[0], : r.shape[1]]).sum(1)
+            if len(cuts) > 1:
+                total[cut[0]] += squares
         ctx.residual = residual
-        # A small map is one block: its residual is kept, which costs less than computing it again.
-        ctx.save_for_backward(student, teacher, weights, invalid, out if len(cuts) == 1 else None)
-        return total
+        # The residual of a single block is kept, which costs less than computing it again.
+        ctx.save_for_backward(student, teacher, invalid, r if len(cuts) == 1 else None)
+        return squares if len(cuts) == 1 else total
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx, grad: Tensor):
-        student, teacher, weights, invalid, kept = ctx.saved_tensors
-        factor = (2 * grad * weights)[:, None, None, None]
+        student, teacher, invalid, kept = ctx.saved_tensors
+        factor = 2 * grad[:, None]
         if kept is not None:
-            return kept * factor, None, None, None, None
+            return kept * factor, None, None, None
         out = torch.empty_like(student)
         cuts = list(blocks(student))
         scratch = torch.empty_like(student[cuts[0]])
-        for images, channels in cuts:
-            r = out[images, channels]
-            temporary = scratch[: r.shape[0], : r.shape[1]]
-            ctx.residual(student[images, channels], teacher[images, channels], channels, r, temporary)
-            if invalid is not None:
-                r.masked_fill_(invalid[images], 0)
-            r.mul_(factor[images])
-        return out, None, None, None, None
+        for cut in cuts:
+            r = _block(ctx.residual, student, teacher, invalid, cut, out[cut], scratch)
+            torch.mul(r, factor[cut[0]], out=out[cut])
+        return out, None, None, None
+
+
+def _block(residual: Residual, student: Tensor, teacher, invalid, cut, out: Tensor, scratch: Tensor) -> Tensor:
+    images, channels = cut
+    student = student[cut]
+    n, c = student.shape[:2]
+    r = residual(student, None if teacher is None else teacher[cut], channels, out[:n, :c], scratch[:n, :c])
+    return r if invalid is None else r.masked_fill_(invalid[images], 0)
 
 
 def squared_error(student: Tensor, teacher: Tensor, weights: Tensor, invalid: Optional[Tensor]) -> Tensor:
-    """:class:`SquaredResidual` of ``student - teacher``."""
-    return SquaredResidual.apply(student, teacher, weights, invalid, _difference)
+    """``sum_n weights[n] * |student[n] - teacher[n]|^2`` for (N, C, H, W) maps, 0 at the invalid positions."""
+    return weighted_sum(SquaredResidual.apply(student, teacher, _difference, invalid), weights)
 
 
-def _difference(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
-    torch.sub(student, teacher, out=out)
+def weighted_sum(squares: Tensor, weights: Tensor) -> Tensor:
+    """``sum_n weights[n] * squares[n]`` for (N, H, W) and (N,)."""
+    return squares.flatten(1).sum(1).dot(weights)
+
+
+def _difference(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> Tensor:
+    return torch.sub(student, teacher, out=out)

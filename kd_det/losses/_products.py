@@ -1,18 +1,22 @@
-"""Products of a matrix with itself, at the price of their distinct entries."""
+"""Products of a matrix with itself, at the cost of their distinct entries."""
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-__all__ = ["self_product"]
+from kd_det.losses._spatial import full_precision
 
-# Rows of a block: below it the products are too thin for the CPU's units.
+__all__ = ["SelfProduct", "self_product"]
+
+# Rows of a block: with fewer, the products are too thin for the CPU's vector units.
 _ROWS = 64
 
 
 def self_product(x: Tensor) -> Tensor:
     """
-    ``x x^T`` of (N, C, P), which is (N, C, C), without a graph. On a CPU, in blocks of rows that leave out the half
-    that mirrors the other; elsewhere, one call is faster than several.
+    ``x x^T`` of (N, C, P), which is (N, C, C), without a graph. On a CPU, blocks of rows leave out the half that
+    mirrors the other; elsewhere, one call is faster than several.
     """
     if x.device.type != "cpu":
         return torch.bmm(x, x.mT)
@@ -24,3 +28,19 @@ def self_product(x: Tensor) -> Tensor:
         out[:, start:stop, start:] = block
         out[:, stop:, start:stop] = block[:, :, stop - start :].mT
     return out
+
+
+class SelfProduct(Function):
+    """:func:`self_product` with its gradient: one product where that of ``x @ x.mT`` takes two."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return self_product(x)
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.bmm(grad + grad.mT, x)

@@ -5,11 +5,9 @@ from typing import Optional
 import torch
 from detectron2.config import configurable
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from kd_det.losses._blocks import blocks
-from kd_det.losses._spatial import full_precision, match_maps, to_float, unit_rows, zero_loss
+from kd_det.losses._blocks import SquaredResidual
+from kd_det.losses._spatial import full_precision, match_maps, to_float, within_range, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer_loss", "gradient_attention_loss"]
@@ -44,7 +42,7 @@ def attention_map(features: Tensor, *, mapping: str = "sum_pow", p: float = 2) -
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     if features.numel() == 0:
         return features.sum(1)
-    return _attention(features, mapping, p, None, None)
+    return _attention(features, mapping, p)
 
 
 @full_precision
@@ -126,115 +124,22 @@ def _power(name: str, mapping: str, p: float) -> float:
     return 1 if mapping == "sum" else p
 
 
-def _attention(x: Tensor, mapping: str, p: float, invalid: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
-    if mapping != "max_pow":
-        return _PowerSum.apply(x, p, invalid, scale)
-    peak = _AbsMax.apply(x, invalid)
-    return (peak if scale is None else peak * scale[:, :, 0]).pow(p)
+def _attention(x: Tensor, mapping: str, p: float) -> Tensor:
+    """(N, H, W), see :func:`attention_map`."""
+    if mapping == "max_pow":
+        return x.abs().amax(1).pow(p)
+    if p == 2:
+        return SquaredResidual.apply(x, None, lambda student, *_: student, None)
+    return x.abs().pow(p).sum(1)
 
 
 def _unit_attention(x: Tensor, mapping: str, p: float, invalid: Optional[Tensor]) -> Tensor:
-    """(N, H W): the attention map divided by its norm."""
-    q = _attention(x, mapping, p, invalid, None)
-    highest = q.detach().flatten(1).amax(1)
-    if not (highest.min() > 1e-24 and highest.max() < 1e30):
-        # The powers left float32's range (or an image is all zeros). The quotient does not depend on the scale of x.
-        with torch.no_grad():
-            peak = _AbsMax.apply(x, invalid).amax((1, 2))[:, None, None, None]
-        q = _attention(x, mapping, p, invalid, 1 / peak.masked_fill(peak < torch.finfo(x.dtype).tiny, 1))
-    return unit_rows(q.flatten(1))
-
-
-class _PowerSum(Function):
-    """(N, H, W): ``sum_c |scale x_c|^p``, 0 at the invalid positions."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float, invalid: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
-        cuts = list(blocks(x))
-        total = x.new_zeros((x.shape[0], *x.shape[2:]))
-        scratch = torch.empty_like(x[cuts[0]])
-        for images, channels in cuts:
-            block = x[images, channels]
-            power = scratch[: block.shape[0], : block.shape[1]]
-            if scale is not None:
-                block = torch.mul(block, scale[images], out=power)
-            if p == 2:
-                torch.mul(block, block, out=power)
-            else:
-                torch.abs(block, out=power)
-                power.pow_(p)
-            total[images] += power.sum(1)
-        if invalid is not None:
-            total.masked_fill_(invalid[:, 0], 0)
-        ctx.save_for_backward(x, invalid, scale)
-        ctx.p = p
-        return total
-
-    @staticmethod
-    @once_differentiable
-    @full_precision
-    def backward(ctx, grad: Tensor):
-        x, invalid, scale = ctx.saved_tensors
-        p = ctx.p
-        factor = p * grad[:, None]
-        if scale is not None:
-            factor = factor * scale
-        out = torch.empty_like(x)
-        cuts = list(blocks(x))
-        scratch = torch.empty_like(x[cuts[0]])
-        for images, channels in cuts:
-            block, slope = x[images, channels], out[images, channels]
-            sign = scratch[: block.shape[0], : block.shape[1]]
-            if scale is not None:
-                block = block * scale[images]
-            if p == 2:
-                torch.mul(block, factor[images], out=slope)
-            else:
-                torch.abs(block, out=slope)
-                slope.pow_(p - 1).mul_(torch.sign(block, out=sign)).mul_(factor[images])
-            if invalid is not None:
-                slope.masked_fill_(invalid[images], 0)
-        return out, None, None, None
-
-
-class _AbsMax(Function):
-    """(N, H, W): ``max_c |x_c|``, 0 at the invalid positions. Channels that tie share the gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, invalid: Optional[Tensor]) -> Tensor:
-        cuts = list(blocks(x))
-        highest = x.new_zeros((x.shape[0], *x.shape[2:]))
-        scratch = torch.empty_like(x[cuts[0]])
-        for images, channels in cuts:
-            block = x[images, channels]
-            size = torch.abs(block, out=scratch[: block.shape[0], : block.shape[1]])
-            torch.maximum(highest[images], size.amax(1), out=highest[images])
-        if invalid is not None:
-            highest.masked_fill_(invalid[:, 0], 0)
-        ctx.save_for_backward(x, invalid, highest)
-        return highest
-
-    @staticmethod
-    @once_differentiable
-    @full_precision
-    def backward(ctx, grad: Tensor):
-        x, invalid, highest = ctx.saved_tensors
-        out = torch.empty_like(x)
-        highest = highest[:, None]
-        ties = torch.zeros_like(highest)
-        cuts = list(blocks(x))
-        for images, channels in cuts:
-            at_peak = torch.abs(x[images, channels], out=out[images, channels]).eq_(highest[images])
-            ties[images] += at_peak.sum(1, keepdim=True)
-        factor = grad[:, None] / ties.clamp(min=1)
-        scratch = torch.empty_like(x[cuts[0]])
-        for images, channels in cuts:
-            block, slope = x[images, channels], out[images, channels]
-            sign = torch.sign(block, out=scratch[: block.shape[0], : block.shape[1]])
-            slope.mul_(sign).mul_(factor[images])
-            if invalid is not None:
-                slope.masked_fill_(invalid[images], 0)
-        return out, None
+    """(N, H W): the attention map divided by its norm; zeros for an image without any."""
+    if invalid is not None:
+        x = x.masked_fill(invalid, 0)
+    q, _ = within_range(lambda x: _attention(x, mapping, p).flatten(1), lambda q: q.amax(1), (1, 2, 3), x)
+    # Nothing beside a live image's norm; of a dead one, the quotient and its gradient are 0.
+    return q / (torch.linalg.vector_norm(q, dim=1, keepdim=True) + 1e-30)
 
 
 @DISTILLATION_LOSS_REGISTRY.register()

@@ -1,14 +1,13 @@
 """
 NST, like what you like: neuron selectivity transfer: arXiv 1707.01219.
 
-Shapes: S is (N, Cs, P) and T is (N, Ct, P), with P = H W positions. s_j and t_i are their rows divided by their L2
-norm, the samples between which the maximum mean discrepancy is taken (equation 4):
+Shapes: S is (N, Cs, P) and T is (N, Ct, P), with P = H W positions. The samples between which the maximum mean
+discrepancy is taken are the rows s_j and t_i, divided by their L2 norm (equation 4):
 ``mean_ii' k(t_i, t_i') + mean_jj' k(s_j, s_j') - 2 mean_ij k(t_i, s_j)``.
-
-The maps themselves are never normalised: 1 / |S_j| is applied to the small products of row j instead.
+With all samples in one list z, and u = 1 / Cs for the student's and -1 / Ct for the teacher's, this is ``u' K u``.
 """
 
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Optional
 
 import torch
 from detectron2.config import configurable
@@ -17,8 +16,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from kd_det.errors import unknown_name
-from kd_det.losses._products import self_product
-from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses._products import SelfProduct, self_product
+from kd_det.losses._spatial import full_precision, match_maps, unit_rows, within_range, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss
 
 __all__ = ["NSTLoss", "nst_loss"]
@@ -65,200 +64,83 @@ def nst_loss(
         return zero_loss(maps.student)
     s, t = maps.student.flatten(2), maps.teacher.flatten(2)
     invalid = None if maps.invalid is None else maps.invalid.flatten(2)
-    if kernel == "linear":
-        return _LinearMMD.apply(s, t, invalid)
-    if kernel == "poly" and degree == 2 and offset == 0 and _positions_are_cheaper(s, t):
-        return _SquareMMD.apply(s, t, invalid)
-    return _GramMMD.apply(s, t, invalid, _poly(degree, offset) if kernel == "poly" else _gaussian)
+    by_positions = kernel == "poly" and degree == 2 and offset == 0 and _positions_are_cheaper(s, t)
+    if kernel == "linear" or by_positions:
+        s, t = (unit_rows(x if invalid is None else x.masked_fill(invalid, 0)) for x in (s, t))
+        return _linear_mmd(s, t) if kernel == "linear" else _square_mmd_by_positions(s, t)
+    products = _UnitProducts.apply(s, t, invalid)
+    cs, ct = s.shape[1], t.shape[1]
+    values = (products + offset).pow(degree) if kernel == "poly" else _gaussian(products, cs)
+    u = s.new_full((cs + ct,), 1 / cs)
+    u[cs:].fill_(-1 / ct)
+    loss = (values @ u @ u).mean()
+    # For equal maps, rounding may give a value slightly below 0; only the value is clamped, not the gradient.
+    return loss - loss.detach().clamp(max=0)
 
 
 def _positions_are_cheaper(s: Tensor, t: Tensor) -> bool:
-    """By multiplications of forward and backward: of P x P Grams, or of the three blocks of channels."""
+    """Whether P x P Grams take fewer multiplications, forward and backward, than the three blocks of channels."""
     cs, ct, p = s.shape[1], t.shape[1], s.shape[2]
     return p * (2 * cs + ct) < ct * ct + 2 * cs * cs + 2 * cs * ct
 
 
-def _prepare(x: Tensor, invalid: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+def _linear_mmd(s: Tensor, t: Tensor) -> Tensor:
+    """The squared distance of the mean samples."""
+    return (s.mean(1) - t.mean(1)).square().sum(1).mean()
+
+
+def _square_mmd_by_positions(s: Tensor, t: Tensor) -> Tensor:
     """
-    Zeros the invalid positions, and brings channels whose squares would leave float32's range to a peak of 1.
-
-    Returns:
-        The map, and the factors (N, C, 1) it was multiplied by, if any.
+    The poly kernel with d = 2 and c = 0 by the P x P Grams of positions, ``|s' s / Cs - t' t / Ct|_F^2``. They are
+    smaller than those of channels on deep maps of many channels.
     """
-    if invalid is not None:
-        x = x.masked_fill(invalid, 0)
-    peak = torch.maximum(x.amax(2, keepdim=True), -x.amin(2, keepdim=True))
-    if not ((peak > 0) & ((peak < 1e-12) | (peak > 1e12))).any():
-        return x, None
-    factor = torch.where(peak > torch.finfo(x.dtype).tiny, 1 / peak, 0)
-    return x * factor, factor
+    difference = SelfProduct.apply(s.mT) / s.shape[1] - self_product(t.mT) / t.shape[1]
+    return difference.square().sum((1, 2)).mean()
 
 
-def _inverse_norms(x: Tensor) -> Tensor:
-    """(N, C, 1): 1 / |x_c|, and 0 for a dead channel."""
-    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
-    return torch.where(norm > 0, 1 / norm, 0)
-
-
-class _LinearMMD(Function):
-    """The linear kernel is the squared distance of the mean samples; no Gram is needed."""
+class _UnitProducts(Function):
+    """(N, Cs + Ct, Cs + Ct): inner products of all samples, and 0 with a dead channel."""
 
     @staticmethod
     def forward(ctx, s: Tensor, t: Tensor, invalid: Optional[Tensor]) -> Tensor:
-        (s, factor), (t, _) = _prepare(s, invalid), _prepare(t, invalid)
-        rs, rt = _inverse_norms(s), _inverse_norms(t)
-        difference = torch.bmm(rs.mT, s) / s.shape[1] - torch.bmm(rt.mT, t) / t.shape[1]
-        ctx.save_for_backward(s, factor, rs, difference)
-        return difference.square().sum() / len(s)
+        z = torch.cat([s, t], 1)
+        if invalid is not None:
+            z.masked_fill_(invalid, 0)
+        (z, gram), peak = within_range(lambda z: (z, self_product(z)), lambda out: _live_squares(out[1]), 2, z)
+        # The maps are not normalised: 1 / |z_i| is applied to the small products.
+        squares = gram.diagonal(dim1=1, dim2=2)
+        inverse = squares.rsqrt().masked_fill_(squares <= 0, 0)[:, :, None]
+        gram.mul_(inverse).mul_(inverse.mT)
+        ctx.save_for_backward(z, gram, inverse, peak)
+        ctx.channels = s.shape[1]
+        return gram
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx, grad: Tensor):
-        s, factor, rs, difference = ctx.saved_tensors
-        slope = difference * (2 * grad / (s.shape[0] * s.shape[1]))
-        along = torch.bmm(s, slope.mT) * rs
-        out = s * (-along * rs.square())
-        out.baddbmm_(rs, slope)
-        return _descale(out, factor), None, None
-
-
-class _SquareMMD(Function):
-    """
-    The poly kernel with d = 2 and c = 0 by the P x P Grams of positions: ``|s's / Cs - t't / Ct|_F^2``, where s' is the
-    transpose. It is smaller than the Grams of channels on deep maps of many channels.
-    """
-
-    @staticmethod
-    def forward(ctx, s: Tensor, t: Tensor, invalid: Optional[Tensor]) -> Tensor:
-        (s, factor), (t, _) = _prepare(s, invalid), _prepare(t, invalid)
-        rs = _inverse_norms(s)
-        difference = torch.bmm((s * rs.square()).mT, s)
-        rt = _inverse_norms(t)
-        difference.baddbmm_((t * rt.square()).mT, t, beta=1 / s.shape[1], alpha=-1 / t.shape[1])
-        ctx.save_for_backward(s, factor, rs, difference)
-        return difference.square().sum() / len(s)
-
-    @staticmethod
-    @once_differentiable
-    @full_precision
-    def backward(ctx, grad: Tensor):
-        s, factor, rs, difference = ctx.saved_tensors
-        out = torch.bmm(s, difference)
+        z, gram, inverse, peak = ctx.saved_tensors
+        student = slice(0, ctx.channels)
+        weights = grad[:, student] + grad.mT[:, student]
         # The part of the gradient along the sample itself is lost in its normalisation.
-        along = (out * s).sum(2, keepdim=True) * rs.square()
-        out.addcmul_(s, along, value=-1)
-        out.mul_(rs.square() * (4 * grad / (s.shape[0] * s.shape[1])))
-        return _descale(out, factor), None, None
+        along = (weights * gram[:, student]).sum(2)
+        weights.diagonal(dim1=1, dim2=2).sub_(along)
+        weights.mul_(inverse[:, student] if peak is None else inverse[:, student] / peak[:, student])
+        return torch.bmm(weights.mul_(inverse.mT), z), None, None
 
 
-# A kernel as a function of inner products: (products x.y, |x|^2, |y|^2, sigma^2) -> its value and its slope in x.y.
-Kernel = Callable[[Tensor, Tensor, Tensor, Optional[Tensor]], Tuple[Tensor, Tensor]]
+def _live_squares(gram: Tensor) -> Tensor:
+    """The squared norm of each channel, and 1 for a dead one, so that it can divide."""
+    squares = gram.diagonal(dim1=1, dim2=2)
+    return torch.where(squares == 0, 1, squares)
 
 
-def _poly(degree: int, offset: float) -> Kernel:
-    def kernel(products: Tensor, x2: Tensor, y2: Tensor, sigma2: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-        base = products + offset
-        power = base.pow(degree - 1)
-        return power * base, degree * power
-
-    return kernel
-
-
-def _gaussian(products: Tensor, x2: Tensor, y2: Tensor, sigma2: Tensor) -> Tuple[Tensor, Tensor]:
-    value = (x2 + y2 - 2 * products).clamp(min=0).mul(-0.5 / sigma2).exp()
-    return value, value / sigma2
-
-
-class _GramMMD(Function):
-    """Any kernel by the three blocks of channels, some rows at a time where whole ones would outgrow the maps."""
-
-    @staticmethod
-    def forward(ctx, s: Tensor, t: Tensor, invalid: Optional[Tensor], kernel: Kernel) -> Tensor:
-        (s, factor), (t, _) = _prepare(s, invalid), _prepare(t, invalid)
-        rs, rt = _inverse_norms(s), _inverse_norms(t)
-        sigma2 = _mean_squared_distance(s, t, rs, rt) if kernel is _gaussian else None
-        total = s.new_zeros(len(s))
-        for rows in _row_blocks(t):
-            products = _own_products(rows, t).mul_(rt[:, rows]).mul_(rt.mT)
-            total += kernel(products, _alive(rt[:, rows]), _alive(rt.mT), sigma2)[0].sum((1, 2)) / t.shape[1] ** 2
-        ctx.kernel = kernel
-        row_blocks = list(_row_blocks(s))
-        for rows in row_blocks:
-            value, *weights = _student_rows(rows, s, t, rs, rt, sigma2, kernel)
-            total += value
-        ctx.save_for_backward(s, t, factor, rs, rt, sigma2, *(weights if len(row_blocks) == 1 else ()))
-        # Rounding may leave a little below 0 of equal maps. The gradient is not clamped.
-        return total.clamp(min=0).mean()
-
-    @staticmethod
-    @once_differentiable
-    @full_precision
-    def backward(ctx, grad: Tensor):
-        s, t, factor, rs, rt, sigma2, *kept = ctx.saved_tensors
-        out = torch.empty_like(s)
-        grad = grad / len(s)
-        for rows in _row_blocks(s):
-            of_student, of_teacher = kept or _student_rows(rows, s, t, rs, rt, sigma2, ctx.kernel)[1:]
-            # The self-product is symmetric, so its two equal halves are one product.
-            out[:, rows].baddbmm_(of_student * grad, s, beta=0)
-            out[:, rows].baddbmm_(of_teacher * grad, t)
-        return _descale(out, factor), None, None, None
-
-
-def _row_blocks(x: Tensor) -> Iterator[slice]:
-    """All rows at once where their products are small beside the maps."""
-    c, positions = x.shape[1:]
-    rows = c if c <= positions else max(1, positions // 4)
-    return (slice(i, min(i + rows, c)) for i in range(0, c, rows))
-
-
-def _own_products(rows: slice, x: Tensor) -> Tensor:
-    """(N, rows, C): products of some channels with all."""
-    return self_product(x) if rows == slice(0, x.shape[1]) else torch.bmm(x[:, rows], x.mT)
-
-
-def _student_rows(
-    rows: slice, s: Tensor, t: Tensor, rs: Tensor, rt: Tensor, sigma2: Optional[Tensor], kernel: Kernel
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """
-    What some of the student's channels add.
-
-    Returns:
-        The value (N,), and the weights W (N, rows, Cs) and V (N, rows, Ct) of their gradient ``W S + V T``.
-    """
-    cs, ct = s.shape[1], t.shape[1]
-    r = rs[:, rows]
-    own = _own_products(rows, s).mul_(r).mul_(rs.mT)
-    cross = torch.bmm(s[:, rows], t.mT).mul_(r).mul_(rt.mT)
-    own_value, own_slope = kernel(own, _alive(r), _alive(rs.mT), sigma2)
-    cross_value, cross_slope = kernel(cross, _alive(r), _alive(rt.mT), sigma2)
-    value = own_value.sum((1, 2)) / cs**2 - cross_value.sum((1, 2)) * (2 / (cs * ct))
-    own_slope.mul_(2 / cs**2)
-    cross_slope.mul_(-2 / (cs * ct))
-    # The part of the gradient along the sample itself is lost in its normalisation.
-    along = (own_slope * own).sum(2) + (cross_slope * cross).sum(2)
-    own_slope.mul_(r).mul_(rs.mT)
-    cross_slope.mul_(r).mul_(rt.mT)
-    own_slope[:, :, rows].diagonal(dim1=1, dim2=2).sub_(along * r[:, :, 0].square())
-    return value, own_slope, cross_slope
-
-
-def _mean_squared_distance(s: Tensor, t: Tensor, rs: Tensor, rt: Tensor) -> Tensor:
-    """(N, 1, 1): sigma^2, the mean of |t_i - s_j|^2 over all pairs."""
-    product = (torch.bmm(rs.mT, s) * torch.bmm(rt.mT, t)).sum(2, keepdim=True) / (s.shape[1] * t.shape[1])
-    mean = _alive(rs).mean(1, keepdim=True) + _alive(rt).mean(1, keepdim=True) - 2 * product
-    # Where all samples are equal, what is left is rounding: keep it from deciding.
-    return mean.clamp(min=16 * torch.finfo(s.dtype).eps)
-
-
-def _alive(inverse_norms: Tensor) -> Tensor:
-    """The squared norm of a sample: 1, or 0 of a dead channel."""
-    return (inverse_norms > 0).to(inverse_norms.dtype)
-
-
-def _descale(out: Tensor, factor: Optional[Tensor]) -> Tensor:
-    return out if factor is None else out.mul_(factor)
+def _gaussian(products: Tensor, student_channels: int) -> Tensor:
+    norms = products.detach().diagonal(dim1=1, dim2=2)  # squared: 1, or 0 for a dead channel
+    distances = norms[:, None] + norms[:, :, None] - 2 * products
+    sigma2 = distances.detach()[:, :student_channels, student_channels:].mean((1, 2), keepdim=True)
+    # Where all samples are equal, sigma^2 is rounding error only, and must not scale the distances.
+    return torch.exp(distances * (-0.5 / sigma2.clamp(min=16 * torch.finfo(products.dtype).eps)))
 
 
 @DISTILLATION_LOSS_REGISTRY.register()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
 from kd_det.features.taps import tap_module
-from kd_det.losses._blocks import SquaredResidual
+from kd_det.losses._blocks import SquaredResidual, weighted_sum
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
@@ -149,9 +149,9 @@ def overhaul_loss(
         )
     margin = margin.detach().to(maps.teacher)[:, None, None]
 
-    def residual(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
-        torch.maximum(teacher, margin[channels], out=scratch)
-        _partial_residual(student, scratch, channels, out, scratch)
+    def residual(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> Tensor:
+        target = torch.maximum(teacher, margin[channels], out=scratch)
+        return _partial_residual(student, target, channels, out, scratch)
 
     return _distance(maps, reduction, residual)
 
@@ -166,15 +166,15 @@ def _distance(maps: Maps, reduction: str, residual) -> Tensor:
         return zero_loss(maps.student)
     counts = maps.positions()
     weights = torch.ones_like(counts) if reduction == "sum" else 1 / (len(counts) * counts)
-    return SquaredResidual.apply(maps.student, maps.teacher, weights, maps.invalid, residual)
+    return weighted_sum(SquaredResidual.apply(maps.student, maps.teacher, residual, maps.invalid), weights)
 
 
-def _partial_residual(student: Tensor, target: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> None:
+def _partial_residual(student: Tensor, target: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> Tensor:
     # S - T, where T <= 0 at least 0. In floats, as a chain of masks costs several times as much: the lower bound is 0
     # where T <= 0, and far below any difference elsewhere.
     torch.sub(student, target, out=out)
     bound = torch.clamp(target, min=0, out=scratch).mul_(-torch.finfo(out.dtype).max)
-    torch.maximum(out, bound, out=out)
+    return torch.maximum(out, bound, out=out)
 
 
 class Margin(nn.Module):

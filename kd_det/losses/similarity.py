@@ -5,12 +5,10 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.utils import comm
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from kd_det.losses._products import self_product
+from kd_det.losses._products import SelfProduct
 from kd_det.losses._ranks import gather_samples
-from kd_det.losses._spatial import full_precision, to_float, unit_rows, zero_loss
+from kd_det.losses._spatial import full_precision, to_float, unit_rows, within_range, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
 
 __all__ = ["SimilarityLoss", "similarity_preserving_loss"]
@@ -27,8 +25,8 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (b, ...), of any trailing shape; is detached.
 
     Returns:
-        A scalar; 0 for no sample, and identically 0 for one. A sample that is all zeros is similar to nothing and gets
-        zero gradient.
+        A scalar; 0 for no sample, and identically 0 for one. A sample that is all zeros has similarity 0 to all and
+        gets zero gradient.
 
     Raises:
         ValueError: different numbers of samples, or types or devices that do not fit.
@@ -45,33 +43,12 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _similarity(samples: Tensor) -> Tensor:
-    samples = samples.flatten(1) if samples.dim() > 1 else samples[:, None]
-    gram = _SelfProduct.apply(samples)
-    squares = gram.detach().diagonal()
-    if not 1e-24 < squares.max() < 1e30:
-        # The products left float32's range. One common factor of all samples does not change the similarities.
-        peak = samples.detach().abs().max()
-        samples = samples / torch.where(peak > torch.finfo(samples.dtype).tiny, peak, 1)
-        gram = _SelfProduct.apply(samples)
-        squares = gram.detach().diagonal()
-    alive = (squares > 0).to(gram.dtype)
-    return unit_rows(gram * alive * alive[:, None])
-
-
-class _SelfProduct(Function):
-    """``x x^T`` for (b, d): half the entries forward, and backward one product where that of ``x @ x.T`` takes two."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return self_product(x[None])[0]
-
-    @staticmethod
-    @once_differentiable
-    @full_precision
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad + grad.T) @ x
+    """(b, b): the Gram of the samples, its rows divided by their L2 norm; 0 with a sample that is all zeros."""
+    samples = samples.reshape(1, len(samples), -1)
+    # One factor common to all samples does not change the similarities.
+    gram, _ = within_range(SelfProduct.apply, lambda gram: gram.diagonal(dim1=1, dim2=2).amax(), (0, 1, 2), samples)
+    alive = gram.detach().diagonal(dim1=1, dim2=2) > 0
+    return unit_rows(gram * (alive[:, None] & alive[:, :, None]))
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
@@ -80,8 +57,8 @@ class SimilarityLoss(DistillationLoss):
     :func:`similarity_preserving_loss` where a batch has enough samples for it: over the regions that the student
     samples (hundreds an image), or over the images. Samples are those of all ranks; gradients flow to the local ones.
 
-    Every sample is compared with every other, so the cost of regions would grow with the square of the images. Each
-    image brings the first of its regions only, so that all bring ``max_regions`` together. Detectron2 lists an image's
+    Every sample is compared with every other, so the cost of regions would grow with the square of the images. Only the
+    first regions of each image are samples, ``max_regions`` in all. Detectron2 lists an image's
     foreground first, in random order.
     """
 
@@ -93,7 +70,7 @@ class SimilarityLoss(DistillationLoss):
         Args:
             samples: "regions": the pooled features of the sampled regions, from both networks; taps are not read.
                 "images": the maps at the taps.
-            max_regions: with "regions", how many all images of all ranks bring together, at least one each.
+            max_regions: with "regions", how many are samples, of all images of all ranks; at least one of each image.
             grid: with "images", every image's valid part is average-pooled to (grid, grid), so that images of
                 different sizes compare and padding does not count.
             kwargs: see :class:`DistillationLoss`.

@@ -17,7 +17,7 @@ from kd_det.errors import unknown_name
 from kd_det.student import student_class
 from kd_det.teachers.feature_teacher import configure_feature_teacher
 from kd_det.teachers.networks import NETWORK_SOURCES
-from kd_det.weights.checkpoint import load_strictly
+from kd_det.weights.strict import load_strictly
 
 __all__ = ["build_teacher", "build_teacher_architecture", "get_teacher_cfg", "load_teacher"]
 

@@ -1,5 +1,5 @@
 """
-Teachers from elsewhere: any network that maps images to feature maps teaches a detector.
+Teachers of other libraries: any network that maps images to feature maps can teach a detector.
 
 By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"`` with a
 local file of its weights; in Python, :class:`FeatureTeacher` around any network, or :func:`torchvision_teacher`.
@@ -19,6 +19,7 @@ from kd_det.backbones.timm_backbone import flat_key, timm_feature_network, timm_
 from kd_det.errors import unknown_name
 from kd_det.random_state import preserved_random_state
 from kd_det.teachers.networks import NETWORK_SOURCES
+from kd_det.weights.strict import MisfitError, describe_misfits, misshapen
 
 __all__ = ["FeatureTeacher", "configure_feature_teacher", "torchvision_teacher"]
 
@@ -42,7 +43,7 @@ class _Features(Backbone):
         self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
         strides = [shapes[name].stride for name in self._out_features]
-        # Coarser maps are pooled from those of stride 32, and ask for nothing.
+        # Coarser maps are pooled from those of stride 32, and need no more padding.
         self._size_divisibility = max([s for s in strides if s <= 32], default=max(strides))
         # By name, so that a deep copy finds its own modules.
         names = {module: name for name, module in network.named_modules()}
@@ -121,7 +122,7 @@ class FeatureTeacher(nn.Module):
     Its taps are the network's own names ("0", "body"), ``p<k>`` and ``res<k>`` for the map whose stride is nearest 2^k,
     levels inside it (``res4.pre_activation`` of a ResNet), and any dotted module name. Losses with equal or free
     channel counts work at once, the others through their connectors. It has no box head, so losses that compare what
-    both networks say of regions refuse it.
+    both networks predict for regions refuse it.
     """
 
     @configurable
@@ -169,16 +170,16 @@ class FeatureTeacher(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Takes the names of the network's own library too, and leaves its heads behind."""
         own = {flat_key(_inner(key)): (key, value) for key, value in self.state_dict().items()}
-        misshapen = []
+        unfit = []
         for key in [k for k in state_dict if k.startswith(prefix)]:
             value = state_dict.pop(key)
             name, mine = own.get(flat_key(_inner(key.removeprefix(prefix))), (None, None))
             if name is not None:
                 state_dict[prefix + name] = value
                 if value.shape != mine.shape:
-                    misshapen.append(f"{key} is {tuple(value.shape)}, expected {tuple(mine.shape)}")
-        if misshapen:
-            raise ValueError(f"The weights are another network's: {len(misshapen)} misshapen ({misshapen[0]}).")
+                    unfit.append(misshapen(key, value.shape, mine.shape))
+        if unfit:
+            raise MisfitError(describe_misfits(misshapen=unfit))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -195,7 +196,7 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
 
 def configure_feature_teacher(cfg: CfgNode, name: str) -> None:
     """
-    Make a config that of a :class:`FeatureTeacher`, in place.
+    Turn a config into that of a :class:`FeatureTeacher`, in place.
 
     Args:
         cfg: with the nodes of :func:`kd_det.add_kd_config`.

@@ -1,13 +1,17 @@
 """A trained student as a folder that plain Detectron2 loads: its config, its weights, and how to load them, checked."""
 
+import json
+import logging
 import os
 import shutil
 import tempfile
 import warnings
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.export import TracingAdapter
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from torch import Tensor, nn
@@ -15,11 +19,14 @@ from torch import Tensor, nn
 from kd_det.backbones import basic_resnet, timm_backbone
 from kd_det.config_file import add_missing_keys, merge_config_file
 from kd_det.student import student_cfg
-from kd_det.weights.checkpoint import load_strictly
+from kd_det.weights.files import write_aside
+from kd_det.weights.strict import load_strictly
 
 __all__ = ["ExportReport", "export_student"]
 
-CONFIG, WEIGHTS, TRACED, README = "config.yaml", "model.pth", "model.ts", "README.md"
+logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, TRACED, CLASSES, README = "config.yaml", "model.pth", "model.ts", "classes.json", "README.md"
 
 # Largest relative error of the backbone's maps that the check run accepts: bit for bit, or float16's rounding.
 TOLERANCE = {False: 0.0, True: 0.02}
@@ -45,13 +52,18 @@ They need {needs}.
 ```python
 {loading}```
 
-{traced}Check run: {check}
+{classes}{traced}Check run: {check}
 """
 
 _TRACED = """\
 `{traced}` is a TorchScript trace of it, made by Detectron2's exporter: it takes one image, a float tensor (3, H, W) of
 the channel order {order} with values 0 to 255, already resized as `INPUT.MIN_SIZE_TEST` says, and returns the fields of
 its detections in that image's coordinates, {fields}.
+
+"""
+
+_CLASSES = """\
+`{file}` names the {number} classes in the order of `pred_classes`: {names}.
 
 """
 
@@ -68,11 +80,11 @@ class ExportReport(NamedTuple):
     """
 
     folder: str
-    files: Tuple[str, ...]
+    files: tuple[str, ...]
     num_parameters: int
-    needs: Tuple[str, ...]
+    needs: tuple[str, ...]
     feature_error: float
-    num_detections: Tuple[int, int]
+    num_detections: tuple[int, int]
 
 
 def export_student(
@@ -101,7 +113,7 @@ def export_student(
     if META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).__module__.startswith("kd_det"):
         raise ValueError(
             f"{cfg.MODEL.META_ARCHITECTURE} is kd_det's own meta-architecture, which plain Detectron2 cannot load; "
-            f"of a classifier, export the backbone: tools/pretrain_backbone.py."
+            f"a classifier's backbone is exported by tools/pretrain_backbone.py."
         )
     model = build_model(cfg).eval()
     load_strictly(model, weights, who="student")
@@ -111,9 +123,14 @@ def export_student(
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as made:
         files = [CONFIG, WEIGHTS]
-        torch.save({"model": _weights(model, half)}, os.path.join(made, WEIGHTS))
+        write_aside(os.path.join(made, WEIGHTS), lambda file: torch.save({"model": _weights(model, half)}, file))
         with open(os.path.join(made, CONFIG), "w") as file:
             file.write(cfg.dump())
+        classes = _class_names(cfg)
+        if classes:
+            files.append(CLASSES)
+            with open(os.path.join(made, CLASSES), "w") as file:
+                json.dump(classes, file, indent=0)
         backbone_file = _backbone_file(cfg)
         if backbone_file:
             files.append(os.path.basename(backbone_file))
@@ -121,7 +138,7 @@ def export_student(
         error, detections = _check_run(cfg, model, made, images)
         if not error <= TOLERANCE[half]:
             raise ValueError(f"The exported student differs from the trained one: its maps by {error:.2g}, relatively.")
-        fields: List[str] = []
+        fields: list[str] = []
         if trace:
             fields = _trace(model, images, os.path.join(made, TRACED))
             files.append(TRACED)
@@ -130,10 +147,10 @@ def export_student(
             folder, (*files, README), sum(p.numel() for p in model.parameters()), needs, error, detections
         )
         with open(os.path.join(made, README), "w") as file:
-            file.write(_readme(cfg, report, half, fields, os.path.getsize(os.path.join(made, WEIGHTS))))
-        if os.path.isdir(folder):
-            os.rmdir(folder)
-        shutil.copytree(made, folder)
+            file.write(_readme(cfg, report, half, fields, os.path.getsize(os.path.join(made, WEIGHTS)), classes))
+        os.makedirs(folder, exist_ok=True)  # readable for whom the umask allows, unlike the temporary one
+        for name in report.files:
+            shutil.move(os.path.join(made, name), os.path.join(folder, name))
     return report
 
 
@@ -152,14 +169,14 @@ def _uses_timm(cfg: CfgNode) -> bool:
     return bool(cfg.MODEL.get("TIMM", {}).get("NAME", ""))
 
 
-def _backbone_file(cfg: CfgNode) -> Optional[str]:
+def _backbone_file(cfg: CfgNode) -> str | None:
     """The file of kd_det that registers the backbone's builder; None where the builder is not kd_det's."""
     if _uses_timm(cfg):
         return timm_backbone.__file__
     return basic_resnet.__file__ if cfg.MODEL.BACKBONE.NAME in basic_resnet.__all__ else None
 
 
-def _weights(model: nn.Module, half: bool) -> Dict[str, Tensor]:
+def _weights(model: nn.Module, half: bool) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     if not half:
         return state
@@ -170,13 +187,13 @@ def _weights(model: nn.Module, half: bool) -> Dict[str, Tensor]:
     }
 
 
-def _random_images() -> List[Tensor]:
+def _random_images() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(256, (3, *size), generator=generator).float() for size in ((192, 256), (256, 160))]
 
 
 @torch.no_grad()
-def _check_run(cfg: CfgNode, model: nn.Module, folder: str, images: List[Tensor]) -> Tuple[float, Tuple[int, int]]:
+def _check_run(cfg: CfgNode, model: nn.Module, folder: str, images: list[Tensor]) -> tuple[float, tuple[int, int]]:
     reloaded_cfg = get_cfg()
     add_missing_keys(reloaded_cfg, cfg)  # timm's and a project's own; who loads the files adds them likewise
     merge_config_file(reloaded_cfg, os.path.join(folder, CONFIG))
@@ -195,7 +212,7 @@ def _check_run(cfg: CfgNode, model: nn.Module, folder: str, images: List[Tensor]
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, images: List[Tensor], path: str) -> List[str]:
+def _trace(model: nn.Module, images: list[Tensor], path: str) -> list[str]:
     """Save the trace, compared with the model on every image; returns the names of what it gives."""
 
     def inference(network, inputs):
@@ -206,7 +223,7 @@ def _trace(model: nn.Module, images: List[Tensor], path: str) -> List[str]:
     adapter = TracingAdapter(model, [{"image": images[0]}], inference).eval()
     try:
         with warnings.catch_warnings():
-            # It warns of what may be constant in the trace; the other images show whether anything is.
+            # The tracer warns of what may be constant in the trace; the other images show whether anything is.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             traced = torch.jit.trace(adapter, (images[0],), check_trace=False)
         for image in images:
@@ -220,13 +237,27 @@ def _trace(model: nn.Module, images: List[Tensor], path: str) -> List[str]:
     return [*instances.get_fields(), "image_size"]
 
 
-def _needs(model: nn.Module) -> Tuple[str, ...]:
+def _class_names(cfg: CfgNode) -> list[str]:
+    """The names of the first data set's classes; none where they, or the data set's files, are not on this machine."""
+    for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1]:
+        if name in DatasetCatalog.list() and not MetadataCatalog.get(name).get("thing_classes"):
+            try:
+                DatasetCatalog.get(name)  # COCO's loader registers the names that it reads
+            except (OSError, AssertionError, KeyError, ValueError) as e:
+                logger.warning(f"The export does not name its classes: data set {name!r} cannot be read ({e}).")
+        return list(MetadataCatalog.get(name).get("thing_classes") or ())
+    return []
+
+
+def _needs(model: nn.Module) -> tuple[str, ...]:
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
     packages = {"timm" if name == "kd_det" else name for name in packages}
     return tuple(sorted(packages - {"detectron2", "torch", "fvcore", "torchvision"}))
 
 
-def _readme(cfg: CfgNode, report: ExportReport, half: bool, fields: List[str], size: int) -> str:
+def _readme(
+    cfg: CfgNode, report: ExportReport, half: bool, fields: list[str], size: int, classes: list[str]
+) -> str:
     timm, backbone_file = _uses_timm(cfg), _backbone_file(cfg)
     needs = " and ".join(("Detectron2", *report.needs)) + ", not kd_det"
     imports = ""
@@ -250,6 +281,7 @@ def _readme(cfg: CfgNode, report: ExportReport, half: bool, fields: List[str], s
         megabytes=size / 2**20,
         needs=needs,
         loading=loading,
+        classes=_CLASSES.format(file=CLASSES, number=len(classes), names=", ".join(classes)) if classes else "",
         traced=_TRACED.format(traced=TRACED, order=cfg.INPUT.FORMAT, fields=", ".join(fields)) if fields else "",
         check=f"the files, loaded again, give the trained student's maps with a relative error of "
         f"{report.feature_error:.2g}, and {after} detections where it has {before}.",

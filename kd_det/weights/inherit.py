@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Dict, NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ __all__ = ["Inherited", "inherit_weights"]
 
 logger = logging.getLogger(__name__)
 
-# What a feature pyramid adds to the network below it. Other parts are modules by their dotted names.
+# The part that a feature pyramid adds to the network below it. Other parts are modules by their dotted names.
 PYRAMID = "fpn"
 
 
@@ -24,14 +24,15 @@ class Inherited(NamedTuple):
         left: names of those that are not, with the reason.
     """
 
-    taken: Tuple[str, ...]
-    left: Dict[str, str]
+    taken: tuple[str, ...]
+    left: dict[str, str]
 
 
 @torch.no_grad()
 def inherit_weights(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> Inherited:
     """
-    Copy a trained network's weights and statistics into parts of another, wherever name and shape agree.
+    Copy layers of a trained network into parts of another: a layer whole, with its bias, norm and statistics, where
+    all its names and shapes agree; else not at all, because a trained bias or norm does not fit a random weight.
 
     Args:
         student: is changed in place.
@@ -40,32 +41,46 @@ def inherit_weights(student: nn.Module, teacher: nn.Module, parts: Sequence[str]
             "proposal_generator", "roi_heads", "roi_heads.box_head", "head".
 
     Raises:
-        ValueError: a part that one of the networks lacks; says the parts it has.
+        ValueError: a part that one of the networks lacks; names the parts it has.
     """
     taken, left = [], {}
     for part in parts:
         own, theirs = _weights(student, part, "student"), _weights(teacher, part, "teacher")
-        part_taken = 0
-        for name, value in own.items():
-            if name not in theirs:
-                left[name] = "the teacher has none"
-            elif theirs[name].shape != value.shape:
-                left[name] = f"{tuple(value.shape)} in the student, {tuple(theirs[name].shape)} in the teacher"
-            else:
-                value.copy_(theirs[name])
-                taken.append(name)
-                part_taken += 1
+        misfits = {name: _misfit(value, theirs.get(name)) for name, value in own.items()}
+        random_layers = {_layer(name) for name, misfit in misfits.items() if misfit}
+        part_taken = [name for name in own if _layer(name) not in random_layers]
+        for name in part_taken:
+            own[name].copy_(theirs[name])
+        taken += part_taken
+        left |= {name: misfits[name] or "another weight of its layer differs" for name in own if name not in part_taken}
         log = logger.info if part_taken else logger.warning
-        log(f"KD.INHERIT {part!r}: {part_taken} of {len(own)} weights taken from the teacher.")
+        log(f"KD.INHERIT {part!r}: {len(part_taken)} of {len(own)} weights taken from the teacher.")
     for name, reason in left.items():
         logger.info(f"Not inherited: {name} ({reason})")
     return Inherited(tuple(taken), left)
 
 
-def _weights(model: nn.Module, part: str, side: str) -> Dict[str, Tensor]:
+def _misfit(own: Tensor, theirs: Tensor | None) -> str:
+    """Why a weight cannot be taken; empty if it can."""
+    if theirs is None:
+        return "the teacher has none"
+    shapes = f"{tuple(own.shape)} in the student, {tuple(theirs.shape)} in the teacher"
+    return "" if own.shape == theirs.shape else shapes
+
+
+def _layer(name: str) -> str:
+    """The layer of a weight; Detectron2's convolutions hold the norm behind them as ``norm``."""
+    return name.rpartition(".")[0].removesuffix(".norm")
+
+
+def _weights(model: nn.Module, part: str, side: str) -> dict[str, Tensor]:
     prefix = "backbone" if part == PYRAMID else part
     below = "backbone.bottom_up."
-    state = {name: value for name, value in model.state_dict().items() if name.startswith(f"{prefix}.")}
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith(f"{prefix}.") and not name.endswith("num_batches_tracked")  # a counter is no weight
+    }
     if part == PYRAMID:
         has_pyramid = any(name.startswith(below) for name in state)
         state = {name: value for name, value in state.items() if has_pyramid and not name.startswith(below)}

@@ -106,17 +106,32 @@ def test_weights_of_the_whole_model_from_a_file(tmp_path, name, wrap):
 def test_weights_that_do_not_fit(tmp_path):
     path = str(tmp_path / "other.pth")
     torch.save(timm.create_model("mobilenetv2_050").state_dict(), path)
-    with pytest.raises(ValueError, match=r"are not those of 'resnet10t': \d+ missing"):
+    with pytest.raises(ValueError, match=r"do not fit timm's 'resnet10t': .*Missing key"):
         TimmBackbone(name="resnet10t", weights=path)
-    with pytest.raises(ValueError, match=r"'mobilenetv2_035': 0 missing \[\], \d+ misshapen"):
+    with pytest.raises(ValueError, match=r"fit timm's 'mobilenetv2_035': .*size mismatch for blocks.1.0.conv_pwl"):
         TimmBackbone(name="mobilenetv2_035", weights=path)
     with pytest.raises(FileNotFoundError, match="MODEL.TIMM.WEIGHTS cannot be read: '/no/such.pth'"):
         TimmBackbone(name="mobilenetv2_035", weights="/no/such.pth")
     state = timm.create_model("mobilenetv2_035").state_dict()
     state["conv_stem.weight"][0] = torch.nan
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"1 are not finite \['conv_stem.weight'\]"):
+    with pytest.raises(ValueError, match=r"1 are not finite .conv_stem.weight"):
         TimmBackbone(name="mobilenetv2_035", weights=path)
+
+
+def test_weights_that_were_trained_on_other_images_are_warned_of(tmp_path, caplog):
+    """D50"""
+    path = str(tmp_path / "w.pth")
+    torch.save(timm.create_model("mobilenetv2_035").state_dict(), path)
+    fitting = {
+        "INPUT__FORMAT": "RGB",
+        "MODEL__PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL__PIXEL_STD": [58.395, 57.12, 57.375],
+    }
+    for opts, warned in (({}, True), ({**fitting, "INPUT__FORMAT": "BGR"}, True), (fitting, False)):
+        caplog.clear()
+        build_backbone(timm_cfg(MODEL__TIMM__WEIGHTS=path, **opts))
+        assert ("on other images than the config feeds them" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", [1, 2], {"a": None}, timm.create_model("test_vit")])
@@ -138,7 +153,7 @@ def test_files_that_are_no_weights(tmp_path, content, suffix):
         ({"name": "mobilenetv2_1000"}, "no timm model. Nearest: mobilenetv2_100"),
         ({"name": "vit_tiny_patch16_224"}, r"maps of stride \[16, 16, 16\], that is the levels \['res4'\]"),
         ({"name": "cait_xxs24_224"}, "does not give feature maps|maps of stride"),
-        ({"name": "resnet10t", "out_features": ["res6"]}, "asks for"),
+        ({"name": "resnet10t", "out_features": ["res6"]}, "OUT_FEATURES names .*res6"),
         ({"name": "resnet10t", "norm": "GN"}, "Unknown MODEL.TIMM.NORM 'GN'. Valid names: BN, SyncBN, FrozenBN"),
         ({"name": "resnet10t", "freeze_at": 6}, "must be 0 to 5, found 6"),
         ({"name": "resnet10t", "options": {"no_such": 1}}, "does not give feature maps with .*no_such"),

@@ -69,6 +69,25 @@ def test_input_size_is_that_of_the_backbone_alone_too():
     assert torch.equal(found, plain.backbone(resized)["res5"])
 
 
+@pytest.mark.parametrize("resizes", ["student", "teacher"])
+def test_maps_of_resized_images_are_compared_everywhere(tmp_path, resizes):
+    """D30: where a network enlarges its crops, its maps hold image everywhere, not in a corner."""
+    size = {"CLASSIFICATION__INPUT_SIZE": 64}
+    teacher = classifier_cfg(depth=50, width=8, **(size if resizes == "teacher" else {}))
+    student = size if resizes == "student" else {}
+    model = build_model(distilled_cfg(tmp_path, "HintLoss", teacher=teacher, **student)).train()
+    seen = []
+    (module,) = model.losses.values()
+    module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    model(images())
+    ((own, theirs, context),) = seen
+    sides = {"student": own[0], "teacher": theirs[0]}  # res4, of stride 16
+    assert [sides.pop(resizes).shape[-1], *(m.shape[-1] for m in sides.values())] == [4, 2]
+    assert all(mask is None or mask.all() for mask in map(context.valid, own))
+    inputs = model.teacher.preprocess_image(images()).tensor
+    torch.testing.assert_close(theirs[0], model.teacher.backbone(inputs)["res4"])
+
+
 def test_a_label_out_of_range_names_the_image():
     bad = [{**images()[0], "label": 9, "file_name": "x.jpg"}]
     with pytest.raises(ValueError, match=r"label of x.jpg is 9; expected 0..3"):
@@ -100,7 +119,7 @@ def test_the_names_of_detectron2_and_torchvision_files_are_found(head, prefix):
 
 def test_a_head_of_other_classes_is_refused():
     state = {k.replace("linear.", "fc."): v for k, v in build(CLASSIFICATION__NUM_CLASSES=7).state_dict().items()}
-    with pytest.raises(ValueError, match="linear.* The weights classify 7 classes, not 4"):
+    with pytest.raises(ValueError, match="linear.*; they classify 7 classes, not 4"):
         build().load_state_dict(state)
 
 

@@ -7,8 +7,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
+from kd_det.classification.average import AverageStatistics
 from kd_det.classification.data import register_image_folder
 from kd_det.classification.trainer import ClassificationTrainer
+from kd_det.engine import evaluate
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg, images, set_options, write_folder
 from tests.engine.test_distributed import _in_fork, on_two_ranks, step
 from tests.tiny_run import train
@@ -42,7 +44,12 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path, loss):
 
 def run(cfg) -> dict:
     trainer = train(cfg, trainer_class=ClassificationTrainer)
-    return {"weights": trainer.model.module.state_dict(), "average": trainer.average.state_dict()}
+    average = trainer.average.state_dict()["averages"] if trainer.average is not None else {}
+    return {
+        "weights": trainer.model.module.state_dict(),
+        "average": average,
+        "top1": getattr(trainer, "_last_eval_results", {}).get("classification", {}).get("top1"),
+    }
 
 
 def test_a_run_on_two_ranks(tmp_path):
@@ -63,13 +70,38 @@ def test_a_run_on_two_ranks(tmp_path):
     first, second = on_two_ranks(tmp_path, run, cfg)
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
-    trained = [key for key, p in build_model(classifier_cfg()).named_parameters() if p.requires_grad]
-    for key in trained:
-        assert torch.equal(first["weights"][key], second["weights"][key])
-        assert torch.equal(first["average"]["averages"][key], second["average"]["averages"][key])
+    for key, value in first["weights"].items():  # D28: the running statistics of batch norms among them
+        assert torch.equal(value, second["weights"][key]), key
+    for key, value in first["average"].items():
+        assert torch.equal(value, second["average"][key]), key
     assert os.path.isfile(tmp_path / "out" / "backbone.pkl")
     saved = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
-    assert all(torch.equal(saved[key], first["weights"][key]) for key in trained)
+    assert all(torch.equal(saved[key], value) for key, value in first["weights"].items())
+
+
+def test_statistics_of_two_ranks_are_their_mean(tmp_path):
+    """D28: each rank's batch norms saw other images."""
+    name = f"ranks_{tmp_path.name}"
+    register_image_folder(name, write_folder(tmp_path / "images"))
+    options = {"DATASETS__TRAIN": (name,), "DATASETS__TEST": (name,), "SOLVER__MAX_ITER": 1, "SEED": 1}
+    apart = classifier_cfg(**options, OUTPUT_DIR=str(tmp_path / "apart"))
+    mean = classifier_cfg(**options, OUTPUT_DIR=str(tmp_path / "mean"))
+    own = [x["weights"] for x in on_two_ranks(tmp_path, run_without_mean, apart)]
+    first, second = on_two_ranks(tmp_path, run, mean)
+    statistics = [key for key in own[0] if "running_" in key]
+    assert any(not torch.equal(own[0][key], own[1][key]) for key in statistics)
+    for key in statistics:
+        torch.testing.assert_close(first["weights"][key], (own[0][key] + own[1][key]) / 2)
+    # What was logged is the accuracy of what was saved.
+    mean.MODEL.WEIGHTS = str(tmp_path / "mean" / "model_final.pth")
+    assert evaluate(mean, ClassificationTrainer)["classification"]["top1"] == first["top1"]
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def run_without_mean(cfg) -> dict:
+    AverageStatistics.after_step = lambda self: None
+    return run(cfg)
 
 
 LOSSES = ("NSTLoss", "AttentionTransferLoss", "OverhaulLoss", "SimilarityLoss", "HintLoss", "SoftTargetLoss", "FSPLoss")

@@ -67,7 +67,7 @@ def test_a_student_that_is_the_teacher_has_no_loss_in_any_channel_order():
     teacher.pixel_mean = student.pixel_mean.flip(0)
     loss = GradientAttentionLoss()
     model = Distiller(student=student, teacher=teacher, losses=[loss], input_format="RGB")
-    model.train(), student.eval()  # batch norm as the teacher's
+    model.train(), student.backbone.eval()  # batch norm as the teacher's
     value = model(images())["loss_gradient_at"]
     scale = per_image_gradients(student, images()).square().sum((1, 2, 3)).mean()
     assert scale > 0 and value < 1e-6 * scale
@@ -81,6 +81,21 @@ def test_only_the_student_gets_gradients_and_the_teacher_stays(tmp_path):
     assert without == ["linear.bias"] or without == []
     assert all(p.grad is None for p in model.teacher.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.teacher.state_dict().items())
+
+
+def test_float16_autocast_loses_no_gradient_at_the_pixels(tmp_path):
+    """D29: they lie below float16's range, and no scaler is there for them."""
+    model = build_model(distilled_cfg(tmp_path, "GradientAttentionLoss")).train()
+    losses, gradients = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            loss = model(images())["loss_gradient_at"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.student.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0] > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
 
 
 def test_a_detector_is_refused():

@@ -11,7 +11,7 @@ from torch import nn
 from kd_det import add_kd_config, build_teacher
 from kd_det.classification.networks import configure_network
 from kd_det.teachers import Teacher
-from kd_det.weights.convert import backbone_metadata, backbone_weights, save_backbone
+from kd_det.weights.backbone_file import backbone_metadata, backbone_weights, save_backbone
 from tests.classification.tiny_classifier import classifier_cfg
 from tests.weights.test_convert import features, trained
 

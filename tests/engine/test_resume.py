@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import kd_det.weights.checkpoint
+import kd_det.weights.files
+from kd_det import student_cfg
 from kd_det.engine import RESUMABLE, Trainer
 from kd_det.engine.stopping import restartable
 from tests.tiny_run import ALL_LOSSES, differing, in_process, run_cfg, train
@@ -108,7 +110,7 @@ def kill_at_random(cfg, seed: int):
     rng = random.Random(seed)
     steps, delay = rng.randrange(3), rng.random() * 0.08
     if seed % 2:
-        kd_det.weights.checkpoint.os = _Killing(victim=rng.randrange(1, 5), before=rng.random() < 0.5)
+        kd_det.weights.files.os = _Killing(victim=rng.randrange(1, 5), before=rng.random() < 0.5)
         delay = 10
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -225,13 +227,13 @@ def stopped_in_a_save(cfg):
         def test(cls, cfg, model, evaluators=None):
             raise AssertionError("it went on to the evaluation")
 
-    write = kd_det.weights.checkpoint._write_aside
+    write = kd_det.weights.checkpoint.write_aside
 
     def write_and_be_asked(path, content):
         os.kill(os.getpid(), signal.SIGTERM)
         write(path, content)
 
-    kd_det.weights.checkpoint._write_aside = write_and_be_asked
+    kd_det.weights.checkpoint.write_aside = write_and_be_asked
     train(cfg, trainer_class=Asked)
 
 
@@ -267,3 +269,85 @@ def asked_in_a_restartable_part(signum):
     with restartable():
         os.kill(os.getpid(), signum)
         time.sleep(1)
+
+
+# Resuming with another config.
+
+
+
+
+def test_a_changed_learning_rate_is_said_and_applied_on_request(tmp_path, caplog):  # D12
+    cfg = run_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__WARMUP_ITERS=0)
+    train(cfg)
+    changed = resume_from(cfg, "model_0000001.pth", "changed")
+    changed.SOLVER.MAX_ITER, changed.SOLVER.BASE_LR, changed.SOLVER.WEIGHT_DECAY = 3, cfg.SOLVER.BASE_LR / 4, 0.5
+    trainer = train(changed, resume=True)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    rates = str(cfg.SOLVER.BASE_LR), str(cfg.SOLVER.BASE_LR / 4)
+    assert any("SOLVER.BASE_LR" in x and rates[0] in x and rates[1] in x for x in said)
+    assert any("SOLVER.WEIGHT_DECAY" in x and "0.0001" in x and "0.5" in x for x in said)
+    assert all("KD.RESUME_SOLVER" in x for x in said if "SOLVER.BASE_LR" in x)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {cfg.SOLVER.BASE_LR}
+
+    applied = resume_from(cfg, "model_0000001.pth", "applied")
+    applied.SOLVER = changed.SOLVER.clone()
+    applied.KD.RESUME_SOLVER = "config"
+    trainer = train(applied, resume=True)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {cfg.SOLVER.BASE_LR / 4}
+    assert 0.5 in {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert trainer.start_iter == 2
+
+
+def test_the_schedule_of_a_changed_learning_rate_goes_with_it(tmp_path):
+    cfg = run_cfg(tmp_path, SOLVER__STEPS=(1, 4), SOLVER__GAMMA=0.1, SOLVER__WARMUP_ITERS=0, SOLVER__BASE_LR=0.01)
+    train(cfg)
+    applied = resume_from(cfg, "model_0000003.pth", "applied")
+    applied.SOLVER.BASE_LR = 0.001
+    applied.KD.RESUME_SOLVER = "config"
+    rates = []
+
+    class Noting(Trainer):
+        def run_step(self):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            super().run_step()
+
+    train(applied, resume=True, trainer_class=Noting)
+    assert rates == pytest.approx([1e-5, 1e-5])  # both steps of the schedule are behind it
+
+
+@pytest.mark.parametrize(
+    "change, name, shapes",
+    [
+        ({"MODEL__ROI_HEADS__NUM_CLASSES": 5}, "roi_heads.box_predictor.cls_score.weight", r"\(4, \d+\), is \(6, "),
+        ({"MODEL__FPN__OUT_CHANNELS": 16}, "backbone.fpn_lateral2.weight", r"\(8, .*is \(16, "),
+    ],
+)
+def test_resuming_with_other_shapes_names_them(tmp_path, change, name, shapes):  # D13
+    plain = student_cfg(run_cfg(tmp_path, SOLVER__MAX_ITER=2))
+    plain.defrost()
+    train(plain)
+    for key, value in change.items():
+        plain.merge_from_list([key.replace("__", "."), value])
+    with pytest.raises(ValueError, match=f"of a run with other losses or another model: .*{name} was {shapes}"):
+        train(plain, resume=True)
+
+
+def test_schedules_of_losses_are_scaled_with_the_number_of_processes(tmp_path):  # D27
+    cfg = run_cfg(tmp_path, "NST", "Hint", KD__WARMUP_ITERS=100, KD__NST__STOP_ITER=900, KD__HINT__WARMUP_ITERS=0)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 4, 8, 1000
+    scaled = Trainer.auto_scale_workers(cfg, 2)
+    assert scaled.SOLVER.MAX_ITER == 2000
+    assert (scaled.KD.WARMUP_ITERS, scaled.KD.STOP_ITER) == (200, -1)
+    assert (scaled.KD.NST.WARMUP_ITERS, scaled.KD.NST.STOP_ITER) == (None, 1800)
+    assert (scaled.KD.HINT.WARMUP_ITERS, cfg.KD.NST.STOP_ITER) == (0, 900)
+    assert Trainer.auto_scale_workers(cfg, 4) is cfg
+
+
+def test_precise_batch_norm_resumes(tmp_path):  # D34
+    cfg = run_cfg(tmp_path, TEST__EVAL_PERIOD=2)
+    cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, 3
+    cfg.SEED = -1
+    train(cfg)
+    resumed = resume_from(cfg, "model_0000001.pth", "resumed")
+    train(resumed, resume=True)
+    assert differing(load(resumed.OUTPUT_DIR), load(cfg.OUTPUT_DIR)) == []

@@ -70,14 +70,10 @@ def test_unpack_refuses_files_outside(tmp_path):
     assert not (tmp_path / "escaped.py").exists()
 
 
-def test_mend_replaces_adds_and_notes(tmp_path):
+def test_fixes_replace_add_and_note(tmp_path):
     (tmp_path / "a.py").write_text("x = old(1)\ny = old(2)\n")
-    mends = [
-        tool.Mend("a.py", "old is gone", "old(", "new("),
-        tool.Mend("a.py", "three now", "2", "3"),
-        tool.Mend("b.py", "added", "", "z = 1\n"),
-    ]
-    tool.mend(tmp_path, mends)
+    fixes = [("a.py", "old is gone", "old(", "new("), ("a.py", "three now", "2", "3"), ("b.py", "added", "", "z = 1\n")]
+    tool.apply_fixes(tmp_path, fixes)
     lines = (tmp_path / "a.py").read_text().splitlines()
     assert lines[:2] == ["x = new(1)", "y = new(3)"]
     notes = [line.rsplit(": ", 1)[1] for line in lines if line.startswith("#")]
@@ -85,25 +81,26 @@ def test_mend_replaces_adds_and_notes(tmp_path):
     assert (tmp_path / "b.py").read_text().startswith("z = 1\n")
 
 
-def test_mend_that_finds_nothing_is_an_error(tmp_path):
+def test_a_fix_that_finds_nothing_is_an_error(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
-    mends = [tool.Mend("a.py", "fine", "1", "2"), tool.Mend("a.py", "gone", "absent", "")]
-    with pytest.raises(tool.InstallError, match="a.py: the text to be mended is not there: 'absent'"):
-        tool.mend(tmp_path, mends)
+    with pytest.raises(tool.InstallError, match="a.py: the text to be replaced is not there: 'absent'"):
+        tool.apply_fixes(tmp_path, [("a.py", "fine", "1", "2"), ("a.py", "gone", "absent", "")])
     assert (tmp_path / "a.py").read_text() == "x = 1\n"
 
 
 def test_wheel_installs_as_detectron2(tmp_path):
     source = tmp_path / "source"
-    for name in ("detectron2", *tool.PROJECTS):
+    projects = ("PointRend/point_rend", "DeepLab/deeplab", "Panoptic-DeepLab/panoptic_deeplab")
+    for name in ("detectron2", "detectron2/model_zoo", *(f"projects/{project}" for project in projects)):
         (source / name).mkdir(parents=True)
         (source / name / "__init__.py").write_text("__version__ = '0.6'\n")
-    (source / "detectron2" / "zoo.yaml").write_text("A: 1\n")
+    (source / "detectron2" / "model_zoo" / "configs" / "Misc").mkdir(parents=True)
+    (source / "detectron2" / "model_zoo" / "configs" / "Misc" / "zoo.yaml").write_text("A: 1\n")
     (source / "LICENSE").write_text("licence\n")
 
     wheel = tool.build_wheel(source, tmp_path)
     with zipfile.ZipFile(wheel) as f:
-        assert "detectron2/zoo.yaml" in f.namelist()
+        assert "detectron2/model_zoo/configs/Misc/zoo.yaml" in f.namelist()
         assert "detectron2/projects/point_rend/__init__.py" in f.namelist()
     target = tmp_path / "target"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel]

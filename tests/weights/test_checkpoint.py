@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import resource
 import signal
 from collections import OrderedDict
@@ -11,11 +12,17 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from torch import nn
 
 from kd_det import build_student
 from kd_det.errors import one_line
-from kd_det.weights.checkpoint import SafeCheckpointer, find_weights, load_strictly
+from kd_det.weights.checkpoint import SafeCheckpointer
+from kd_det.weights.files import find_weights
+from kd_det.weights.strict import load_strictly
+from tests.engine.test_distributed import on_two_ranks
 from tests.tiny import distillation_cfg, tiny_cfg
 
 
@@ -113,21 +120,6 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_offered(tmp_path, ke
     assert checkpointer(tmp_path).resume_or_load("", resume=True)["iteration"] == 1
 
 
-def test_truncated_weights_that_torch_seeks_in_vain(tmp_path):
-    """Of more than some 4 KB, torch says an OSError without a file's name."""
-    model = build_model(tiny_cfg())
-    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
-    os.truncate(tmp_path / "w.pth", 20_000)
-    with pytest.raises(ValueError, match=r"w.pth \(20,000 bytes\) is truncated or not a checkpoint"):
-        load_strictly(model, str(tmp_path / "w.pth"), who="student")
-
-
-def test_misshapen_weights_are_not_also_missing(tmp_path):
-    torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"do not fit the student: 4 misshapen \([^;]*$"):
-        load_strictly(build_model(tiny_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)), str(tmp_path / "w.pth"), who="student")
-
-
 def test_without_an_earlier_one_there_is_nothing_to_offer(tmp_path):
     saver = checkpointer(tmp_path)
     saver.save("model_0000001")
@@ -145,6 +137,79 @@ def test_a_last_checkpoint_that_names_none_is_said(tmp_path):
         (tmp_path / "last_checkpoint").write_bytes(content)
         with pytest.raises(ValueError, match=f"{message}.* The one before it is model_0000001.pth"):
             checkpointer(tmp_path).resume_or_load("", resume=True)
+
+
+class _Store(PathHandler):
+    """What iopath offers of s3://, on a local folder: whole files are fetched, and nothing is renamed."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def _get_supported_prefixes(self):
+        return ["store://"]
+
+    def _file(self, path: str) -> str:
+        return os.path.join(self._folder, path.removeprefix("store://"))
+
+    def _get_local_path(self, path, **kwargs):
+        return self._file(path)
+
+    def _open(self, path, mode="r", **kwargs):
+        return open(self._file(path), mode)
+
+    def _exists(self, path, **kwargs):
+        return os.path.exists(self._file(path))
+
+    def _isfile(self, path, **kwargs):
+        return os.path.isfile(self._file(path))
+
+    def _ls(self, path, **kwargs):
+        return os.listdir(self._file(path))
+
+
+@pytest.fixture
+def store(tmp_path):
+    handler = _Store(str(tmp_path / "store"))
+    (tmp_path / "store" / "run").mkdir(parents=True)
+    PathManager.register_handler(handler)
+    yield tmp_path / "store" / "run"
+    del PathManager._path_handlers["store://"]
+
+
+def test_a_run_in_a_store_resumes(store):
+    """D37"""
+    trained = nn.Linear(2, 2)
+    saver = SafeCheckpointer(trained, "store://run")
+    for name in ("model_0000001", "model_0000003"):
+        saver.save(name, iteration=int(name[-1]))
+    assert sorted(os.listdir(store)) == ["last_checkpoint", "model_0000001.pth", "model_0000003.pth"]
+    model = nn.Linear(2, 2)
+    assert SafeCheckpointer(model, "store://run").resume_or_load("", resume=True)["iteration"] == 3
+    assert equal(model.state_dict(), trained.state_dict())
+    (store / "model_0000003.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\(0 bytes\) is truncated.* The one before it is model_0000001.pth"):
+        SafeCheckpointer(model, "store://run").resume_or_load("", resume=True)
+
+
+def resume_from(folders, weights):
+    """The error's text on this rank, whose machine sees a folder and a file of its own."""
+    try:
+        SafeCheckpointer(nn.Linear(2, 2), folders[comm.get_rank()]).resume_or_load(weights[comm.get_rank()])
+    except OSError as e:
+        return str(e)
+
+
+@pytest.mark.parametrize("missing", ["checkpoint", "weights"])
+def test_a_file_that_one_machine_lacks_is_an_error_on_all(tmp_path, missing):
+    """D39: the other ranks waited for the one that raised."""
+    (tmp_path / "w").mkdir()
+    checkpointer(tmp_path).save("model_0000001")
+    if missing == "checkpoint":
+        folders, weights, message = (str(tmp_path), str(tmp_path / "w")), ("", ""), "not on the machines of .* .1."
+    else:
+        folders, weights, message = [str(tmp_path / "w")] * 2, (str(tmp_path / "model_0000001.pth"), "no.pth"), "no.pth"
+    for error in on_two_ranks(tmp_path, resume_from, folders, weights):
+        assert re.search(message, error)
 
 
 # The formats that Detectron2 reads.

@@ -11,16 +11,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 
-from kd_det.weights.convert import (
-    IMAGENET_METADATA,
-    backbone_metadata,
-    check_normalisation,
-    classifier_names,
-    convert_resnet,
-    read_weights,
-    resnet_options,
-    save_backbone,
-)
+from kd_det.backbones import TimmBackbone
+from kd_det.weights.backbone_file import IMAGENET_METADATA, backbone_metadata, check_normalisation, save_backbone
+from kd_det.weights.convert import classifier_names, convert_for_timm, convert_resnet, resnet_options
+from kd_det.weights.files import read_weights
+from kd_det.weights.strict import check_initial_weights
+from tests.tiny import tiny_cfg
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_backbone.py"
 
@@ -126,7 +122,7 @@ def test_a_detector_loads_all_of_its_backbone(tmp_path, norm, config):
     bottom_up = getattr(detector.backbone, "bottom_up", detector.backbone)
     prefix = "backbone.bottom_up." if config == "pyramid" else "backbone."
     assert not [k for k in found.missing_keys if k.startswith(prefix)] and not found.incorrect_shapes
-    # Of the C4 detector, res5 belongs to the ROI heads, whose blocks are bottlenecks that a ResNet-18 does not have.
+    # The C4 detector's res5 belongs to the ROI heads, whose blocks are bottlenecks that a ResNet-18 does not have.
     assert all(k.startswith("res5.") for k in found.unexpected_keys) and bool(found.unexpected_keys) == (config == "C4")
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -178,28 +174,47 @@ def test_weight_files(tmp_path):
     state = {"conv1.weight": torch.arange(3.0)}
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path / "a.pth")
     save_file(state, tmp_path / "a.safetensors")
-    for name in ("a.pth", "a.safetensors"):
-        assert read_weights(str(tmp_path / name))["conv1.weight"].tolist() == [0, 1, 2]
+    save_backbone(str(tmp_path / "a.pkl"), state, {})
+    for name in ("a.pth", "a.safetensors", "a.pkl"):
+        assert read_weights(str(tmp_path / name), who="backbone")["conv1.weight"].tolist() == [0, 1, 2]
     (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:200])
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="not a readable weight file"):
-        read_weights(str(tmp_path / "cut.pth"))
-    with pytest.raises(ValueError, match="holds no named weights.*found list"):
-        read_weights(str(tmp_path / "list.pth"))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_weights(str(tmp_path / "none.pth"))
+    for name in ("cut.pth", "list.pth"):
+        with pytest.raises(ValueError, match=f"{name} .* is truncated or not a checkpoint"):
+            read_weights(str(tmp_path / name), who="backbone")
+    with pytest.raises(FileNotFoundError, match="do not exist: .*none.pth"):
+        read_weights(str(tmp_path / "none.pth"), who="backbone")
 
 
-class Command:
-    def __reduce__(self):
-        return (print, ("run",))
+@pytest.mark.parametrize("name, timm_name", [("mobilenet_v2", "mobilenetv2_100"), ("efficientnet_b0",) * 2])
+def test_other_networks_convert_for_timms(name, timm_name):
+    """D50"""
+    network = trained(torchvision.models.get_model(name))
+    backbone = TimmBackbone(name=timm_name).eval()
+    weights = convert_for_timm(network.state_dict(), timm_name)
+    missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    assert not unexpected and all(key.endswith("num_batches_tracked") for key in missing)
+    x, seen = torch.rand(1, 3, 64, 96), []
+    for module in network.features.modules():
+        module.register_forward_hook(lambda m, args, output: seen.append(output))
+    with torch.no_grad():
+        network(x)
+        found = backbone(x)
+    for value in found.values():  # timm's maps are outputs of torchvision's modules
+        near = [(s - value).abs().max() for s in seen if s.shape == value.shape]
+        assert min(near) < 1e-3 * value.std()
+    own = timm.create_model(timm_name).state_dict()
+    assert list(convert_for_timm(own, timm_name)) == list(weights)
 
 
-def test_a_hostile_file_is_not_run(tmp_path, capsys):
-    torch.save({"conv1.weight": Command()}, tmp_path / "hostile.pth")
-    with pytest.raises(ValueError, match="not a readable weight file"):
-        read_weights(str(tmp_path / "hostile.pth"))
-    assert capsys.readouterr().out == ""
+def test_weights_that_are_not_those_of_timms_network():
+    other = torchvision.models.get_model("mobilenet_v2", width_mult=0.5).state_dict()
+    with pytest.raises(ValueError, match=r"'mobilenetv2_100' in its order: features.0.0.weight is \(16, 3, 3, 3\)"):
+        convert_for_timm(other, "mobilenetv2_100")
+    with pytest.raises(ValueError, match="'mobilenetv2_100', which has 262: found 1"):
+        convert_for_timm({"a": torch.zeros(1)}, "mobilenetv2_100")
+    with pytest.raises(ValueError, match="no timm model. Nearest: mobilenetv2_100"):
+        convert_for_timm(other, "mobilenetv2_1000")
 
 
 def test_a_config_that_feeds_other_images_is_refused():
@@ -221,4 +236,17 @@ def test_the_tool(tmp_path):
     assert "MODEL.RESNETS.DEPTH 18" in found.stdout and "INPUT.FORMAT RGB" in found.stdout
     found = run("none.pth", "R-18.pkl")
     assert found.returncode == 1
-    assert found.stderr.splitlines()[-1] == "error: The weight file 'none.pth' does not exist."
+    assert found.stderr.splitlines()[-1] == "error: The weights of the backbone do not exist: 'none.pth'."
+
+
+def test_the_tool_converts_for_timm(tmp_path):
+    network = torchvision.models.mobilenet_v2()
+    torch.save(network.state_dict(), tmp_path / "v2.pth")
+    command = [sys.executable, TOOL, "v2.pth", "v2.pkl", "--for", "mobilenetv2_100"]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    assert "MODEL.TIMM.NAME mobilenetv2_100" in out and "INPUT.FORMAT RGB" in out
+    options = {"MODEL__BACKBONE__NAME": "build_timm_fpn_backbone", "MODEL__TIMM__NAME": "mobilenetv2_100"}
+    detector = build_model(tiny_cfg(MODEL__FPN__IN_FEATURES=["res2", "res3", "res4", "res5"], **options))
+    assert check_initial_weights(detector, str(tmp_path / "v2.pkl"), who="student")["metadata"]["input_format"] == "RGB"
+    stem = detector.backbone.bottom_up.network.conv_stem.weight
+    assert torch.equal(stem, network.features[0][0].weight)

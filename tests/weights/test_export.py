@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 import kd_det.weights.export
@@ -28,8 +30,9 @@ print("DETECTED", len(instances), instances.scores.sum().item())
 
 
 def standard_cfg(**opts):
-    """Detectron2's own R-18: what a folder without kd_det must be able to build."""
+    """Detectron2's own R-18: what a folder without kd_det must be able to build. No data set names its classes."""
     cfg = tiny_cfg(
+        DATASETS__TRAIN=(),
         depth=18,
         width=64,
         MODEL__BACKBONE__NAME="build_resnet_fpn_backbone",
@@ -87,6 +90,20 @@ def test_the_folder_is_plain_detectron2(tmp_path):
         fields = model.inference([{"image": image}], do_postprocess=False)[0]
     torch.testing.assert_close(boxes, fields.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
     assert "pred_boxes, scores, pred_classes, image_size" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_folder_names_the_classes_and_is_as_open_as_the_umask(tmp_path):
+    """D52"""
+    cfg = standard_cfg(DATASETS__TRAIN=("exported",))
+    MetadataCatalog.get("exported").thing_classes = ["ant", "bee", "cat"]
+    checkpoint(cfg, tmp_path / "w.pth")
+    report = export_student(cfg, str(tmp_path / "w.pth"), str(tmp_path / "out"))
+    MetadataCatalog.remove("exported")
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "bee", "cat"]
+    assert "classes.json" in report.files and "ant, bee, cat" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "like").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "like").stat().st_mode
+    assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {(tmp_path / "w.pth").stat().st_mode}
 
 
 def test_half(tmp_path):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import FPN, build_model
 
 from kd_det.weights.inherit import inherit_weights
-from tests.tiny import batch, distillation_cfg, tiny_cfg
+from tests.tiny import batch, distillation_cfg, tiny_cfg, tiny_resnet
 from tests.tiny_run import run_cfg
 
+LEVELS = ["res2", "res3", "res4", "res5"]
 PARTS = ("fpn", "proposal_generator", "roi_heads")
 
 
@@ -29,9 +30,10 @@ def test_taken_where_name_and_shape_agree():
     for name, value in after.items():
         assert torch.equal(value, theirs[name] if name in taken else before[name]), name
     # Widths 4 to 32 against 8 to 64: the laterals' inputs differ, all else in the three parts is equal.
-    laterals = {f"backbone.fpn_lateral{i}.weight" for i in (2, 3, 4, 5)}
+    laterals = {f"backbone.fpn_lateral{i}.{what}" for i in (2, 3, 4, 5) for what in ("weight", "bias")}
     assert set(left) == laterals
     assert left["backbone.fpn_lateral2.weight"] == "(8, 4, 1, 1) in the student, (8, 8, 1, 1) in the teacher"
+    assert left["backbone.fpn_lateral2.bias"] == "another weight of its layer differs"
     wanted = {n for n in after if not n.startswith("backbone.bottom_up.")}
     assert set(taken) == wanted - laterals
     assert {"backbone.fpn_output3.bias", "roi_heads.box_predictor.cls_score.weight"} <= set(taken)
@@ -41,6 +43,27 @@ def test_parts_are_dotted_module_names_too():
     student, teacher = networks()
     taken, left = inherit_weights(student, teacher, ["roi_heads.box_predictor"])
     assert {name.rsplit(".", 2)[1] for name in taken} == {"cls_score", "bbox_pred"} and len(taken) == 4 and not left
+
+
+@pytest.mark.parametrize("fpn", [8, 4])
+def test_a_layer_is_inherited_whole_or_not_at_all(caplog, fpn):
+    """D42: a norm's counter is no weight, and the norm of a convolution that stays random stays new."""
+    student, teacher = (
+        torch.nn.ModuleDict({"backbone": FPN(tiny_resnet(tiny_cfg(width=width)), LEVELS, channels, norm="BN")})
+        for width, channels in ((4, fpn), (8, 8))
+    )
+    for norm in (m for m in teacher.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.fill_(3.0)
+    with caplog.at_level(logging.INFO, logger="kd_det.weights.inherit"):
+        found = inherit_weights(student, teacher, ["fpn"])
+    # Four laterals and four outputs, each of a weight and its norm's weight, bias, mean and variance.
+    taken = f"{len(found.taken)} of 40 weights taken"
+    assert caplog.records[0].getMessage() == f"KD.INHERIT 'fpn': {taken} from the teacher."
+    assert caplog.records[0].levelname == ("INFO" if found.taken else "WARNING")
+    outputs = {f"fpn_output{i}" for i in (2, 3, 4, 5)}
+    assert {name.split(".")[1] for name in found.taken} == (outputs if fpn == 8 else set())
+    assert student.backbone.fpn_lateral2.norm.running_mean.eq(0).all()
+    assert student.backbone.fpn_output2.norm.running_mean.eq(3 if fpn == 8 else 0).all()
 
 
 def test_a_part_with_nothing_to_take_is_warned_about(caplog):
@@ -96,6 +119,6 @@ def test_the_tools_log_says_what_was_inherited(tmp_path):
         [sys.executable, "-W", "ignore", tool, "--config-file", str(tmp_path / "run.yaml")], env=env, check=True
     )
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert log.count("KD.INHERIT 'fpn': 12 of 16 weights taken from the teacher.") == 1
+    assert log.count("KD.INHERIT 'fpn': 8 of 16 weights taken from the teacher.") == 1
     assert "Not inherited: backbone.fpn_lateral2.weight ((8, 4, 1, 1) in the student" in log
     assert f"parameters from {tmp_path / 'teacher.pth'}" in log

@@ -1,0 +1,115 @@
+"""A training step of the plain student, the teacher's features alone, and the distillation step."""
+
+import statistics
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import ResNetBlockBase
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from kd_det.benchmark.measure import kernels, peak_bytes, seconds, waits
+from kd_det.cli.teacher import choose_losses
+from kd_det.config_file import merge_options
+from kd_det.distiller import Distiller
+from kd_det.features.tap_table import input_size
+from kd_det.losses import build_losses
+from kd_det.student import build_student
+from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
+
+__all__ = ["measure_step"]
+
+
+def measure_step(cfg: CfgNode, *, images: int, amp: torch.dtype | None, repeat: int) -> tuple[list[dict], float]:
+    """
+    Measure the steps in turns, on random images of the config's test size, with networks of random weights.
+
+    Args:
+        cfg: a distillation config.
+        images: in a batch.
+        amp: the type of autocast in forwards, with scaled gradients for float16; None: float32.
+        repeat: rounds of measurements, of which the medians count.
+
+    Returns:
+        A row each, and the median of the distillation step's time by the sum of the two others'. Memory is what a
+        run needs on top of networks, gradients and optimizer states.
+    """
+    model = build_distiller(cfg)
+    height, width = input_size(cfg)
+    batch = random_batch(images, height, width, model.student)
+    device = model.device.type
+    scaler = torch.amp.GradScaler(device, enabled=amp == torch.float16)
+    autocast = torch.autocast(device, dtype=amp, enabled=amp is not None)
+
+    def training_step(network: nn.Module):
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-6)
+
+        def step():
+            with EventStorage(), autocast:
+                losses = network(batch)
+            optimizer.zero_grad()
+            scaler.scale(sum(losses.values())).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        return step
+
+    def teacher():
+        multiple = max(model.backbone.size_divisibility, 1)
+        with autocast:
+            model.run_teacher(batch, tuple(-(-side // multiple) * multiple for side in (height, width)))
+
+    runs = {
+        "plain student step": training_step(model.student),
+        "teacher's features": teacher,
+        "distillation step": training_step(model),
+    }
+    for run in 2 * list(runs.values()):  # to warm up
+        run()
+    rounds = [[seconds(run) for run in runs.values()] for _ in range(repeat)]
+    rows = []
+    for (what, run), times in zip(runs.items(), zip(*rounds)):
+        row = {"": what, "seconds": statistics.median(times), "peak MiB": peak_bytes(run, device) / 2**20}
+        if device == "cuda":
+            found = waits(run)
+            row.update({"kernels": kernels(run), "waits": found.total(), "waits by line": dict(found.most_common())})
+        rows.append(row)
+    return rows, statistics.median(distilled / (plain + features) for plain, features, distilled in rounds)
+
+
+def build_distiller(cfg: CfgNode) -> Distiller:
+    """
+    The config's Distiller, with a teacher of random weights and margins at 0. Residual branches are damped: frozen
+    norms of untrained networks normalise nothing, and sums over many blocks would leave float32's range.
+    """
+    student, teacher = build_student(cfg), build_teacher_architecture(get_teacher_cfg(cfg))
+    for block in (block for network in (student, teacher) for block in network.modules()):
+        if isinstance(block, ResNetBlockBase):
+            for norm in block.modules():
+                if isinstance(norm, FrozenBatchNorm2d):
+                    norm.weight.fill_(0.3)
+    cfg = cfg.clone()
+    cfg.defrost()
+    merge_options(cfg, choose_losses(cfg, student, teacher), where="--teacher")
+    losses = build_losses(cfg, student, teacher)
+    for loss in losses:
+        loss.images_to_observe = lambda: 0
+    model = Distiller(student=student, teacher=teacher, losses=losses, input_format=cfg.INPUT.FORMAT)
+    return model.to(cfg.MODEL.DEVICE).train()
+
+
+def random_batch(images: int, height: int, width: int, student: nn.Module) -> list[dict]:
+    """Images of noise with 8 boxes each."""
+    generator = torch.Generator().manual_seed(0)
+    num_classes = getattr(getattr(student, "roi_heads", student), "num_classes", 1)
+    batch = []
+    for _ in range(images):
+        corners = torch.rand(8, 2, generator=generator) * torch.tensor([0.7 * width, 0.7 * height])
+        extents = (0.05 + 0.25 * torch.rand(8, 2, generator=generator)) * torch.tensor([width, height])
+        instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + extents], dim=1)))
+        instances.gt_classes = torch.randint(num_classes, (8,), generator=generator)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
