@@ -75,13 +75,16 @@ def _level_loss(maps: Maps, pooling: "_Pooling", student: Tensor) -> Tuple[Tenso
     difference = (student - maps.teacher).contiguous()
     if maps.invalid is not None:
         difference.masked_fill_(maps.invalid, 0)
+    weighted = difference * pooling.whole[:, None, None, None]
+    value = difference.flatten().dot(weighted.flatten())
+    if not pooling.bins.numel():
+        return value, 2 * weighted
     # Pooling is linear, so the pooled maps' difference is the pooled difference: columns first, then rows.
     n, c, h, w = difference.shape
     pooled = (difference.view(n, c * h, w) @ pooling.columns).view(n, c, h, -1)
     pooled = (pooling.rows @ pooled.transpose(1, 2).flatten(2)).unflatten(2, (c, -1))
-    weighted = difference * pooling.whole[:, None, None, None]
     weighted_pooled = pooled * pooling.bins
-    value = (difference * weighted).sum() + pooled.flatten().dot(weighted_pooled.flatten())
+    value = value + pooled.flatten().dot(weighted_pooled.flatten())
     spread = (pooling.rows.mT @ weighted_pooled.flatten(2)).unflatten(2, (c, -1)).transpose(1, 2).flatten(1, 2)
     gradient = torch.baddbmm(weighted.view(n, c * h, w), spread, pooling.columns.mT, beta=2, alpha=2)
     return value, gradient.view_as(difference)
@@ -123,8 +126,9 @@ def _poolings(levels: Sequence[Maps], valid_sizes: Sequence[Sequence[Tuple[int, 
 
 def _pooling(shape: Tuple[int, int, int, int], sizes: Sequence[Tuple[int, int]]) -> _Pooling:
     n, c, h, w = shape
-    bins = [(i, size) for size in _POOLED for i in range(size)]
-    index, size = torch.tensor(bins).unbind(1)
+    largest = max(map(min, sizes))
+    bins = [(i, size) for size in _POOLED if size < largest for i in range(size)]
+    index, size = torch.tensor(bins, dtype=torch.int64).view(-1, 2).unbind(1)
     weights = torch.tensor([_POOLED[s] for _, s in bins], dtype=torch.float64)
     heights, widths = torch.tensor(sizes)[:, :, None].unbind(1)
 
