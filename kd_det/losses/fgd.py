@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
@@ -150,7 +151,7 @@ class _GlobalContext(nn.Module):
     def forward(self, x: Tensor, invalid: Optional[Tensor]) -> Tensor:
         """(N, C, H, W), finite where it is invalid, to (N, C)."""
         x = x.flatten(2)
-        logits = self.attention.weight @ x + self.attention.bias
+        logits = F.conv1d(x, self.attention.weight[..., None], self.attention.bias)
         if invalid is not None:
             logits = logits.masked_fill(invalid.flatten(2), torch.finfo(x.dtype).min)
         return self.transform((x @ logits.softmax(2).mT)[:, :, 0])
