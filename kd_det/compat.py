@@ -1,4 +1,4 @@
-"""What differs between Detectron2 v0.6 and upstream main."""
+"""What differs between versions of PyTorch and Detectron2: the oldest PyTorch, and v0.6 against upstream main."""
 
 import importlib
 import importlib.util
@@ -6,13 +6,20 @@ import os
 import sys
 import types
 
+import torch
 from detectron2.utils.events import get_event_storage
 
-__all__ = ["has_event_storage", "model_zoo"]
+__all__ = ["OLDEST_TORCH", "has_event_storage", "model_zoo"]
+
+# Before it, torch.load(weights_only=True) could be made to run code (CVE-2025-32434), and get_total_norm is missing.
+OLDEST_TORCH = (2, 6)
+
+if torch.__version__ < OLDEST_TORCH:
+    raise ImportError(f"kd_det needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}.")
 
 
 def has_event_storage() -> bool:
-    """Whether the caller runs inside an ``EventStorage`` (v0.6 cannot be asked, main can)."""
+    """Whether the caller runs inside an ``EventStorage``; main has a function of this name, v0.6 has none."""
     try:
         get_event_storage()
     except AssertionError:
@@ -22,8 +29,8 @@ def has_event_storage() -> bool:
 
 def _import_model_zoo() -> types.ModuleType:
     """
-    ``detectron2.model_zoo``. Main asks pkg_resources, which setuptools 82 dropped, for the path of a file; where it is
-    gone, a stand-in with that one function answers, and is in nobody else's way afterwards.
+    ``detectron2.model_zoo``. It imports pkg_resources, which setuptools 82 dropped, for the path of a file; where that
+    is gone, a stand-in with that one function takes its place during the import, and leaves no trace afterwards.
     """
     missing = importlib.util.find_spec("pkg_resources") is None
     if missing:

@@ -180,10 +180,10 @@ class TrainStep(SimpleTrainer):
         # Without non_blocking, a copy to the device waits for it.
         row = torch.stack([part.to(self._device, torch.float32, non_blocking=True) for part in parts])
         if comm.get_world_size() == 1:
-            return [row.tolist()]
+            return [row.cpu().tolist()]
         rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
         dist.all_gather(rows, row)
-        ret = torch.stack(rows).tolist()
+        ret = torch.stack(rows).cpu().tolist()
         self._signals.agreed = any(row[-1] for row in ret)
         return ret
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import weakref
 from typing import Protocol, runtime_checkable
 
@@ -118,10 +117,8 @@ class Trainer(DefaultTrainer):
         As ``DefaultTrainer.resume_or_load``.
 
         Raises:
-            FileNotFoundError, ValueError: the checkpoint is missing (on all ranks alike, if on one), damaged, or of
-                another model.
+            FileNotFoundError, ValueError: the checkpoint is missing, damaged, or of another model.
         """
-        self._check_that_ranks_resume_alike(resume)
         super().resume_or_load(resume)
         if not self.start_iter:
             return
@@ -131,17 +128,6 @@ class Trainer(DefaultTrainer):
         starts = (self.start_iter, evaluations * self.cfg.TEST.PRECISE_BN.NUM_ITER)
         for loader, start in zip(self._loaders, starts, strict=False):
             loader.start_at(start)
-
-    def _check_that_ranks_resume_alike(self, resume: bool) -> None:
-        """On several machines, a rank that raises alone while it loads leaves the others waiting for it."""
-        checkpoint = self.checkpointer.get_checkpoint_file() if resume and self.checkpointer.has_checkpoint() else ""
-        ranks = comm.all_gather((socket.gethostname(), os.path.basename(checkpoint)))
-        if len({name for _, name in ranks}) > 1:
-            found = ", ".join(f"rank {rank} on {host}: {name or 'none'}" for rank, (host, name) in enumerate(ranks))
-            raise UserError(
-                f"The processes do not find the same checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} ({found}). To "
-                f"resume, all machines need that folder, shared or copied."
-            )
 
     def train(self):
         """

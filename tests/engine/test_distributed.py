@@ -20,7 +20,6 @@ from detectron2.utils.events import EventStorage
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_det import student_cfg
 from kd_det.cli import launch
 from kd_det.cli.launch import _create_local_process_group
 from kd_det.engine import RESUMABLE, Trainer
@@ -446,7 +445,7 @@ def resume_with_another_folder(cfg):
     if comm.get_rank() == 1:  # another machine's disk
         cfg.OUTPUT_DIR += "_of_the_other_machine"
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    with pytest.raises(ValueError, match=r"rank 0 on .*: model_final.pth, rank 1 on .*: none.*shared or copied"):
+    with pytest.raises(ValueError, match="holds a checkpoint, but not on the machines"):
         Trainer(cfg).resume_or_load(resume=True)
     return {"refused": True}
 
@@ -455,22 +454,3 @@ def test_a_machine_without_the_checkpoint_is_said_on_all(tmp_path):  # D39: one 
     cfg = run_cfg(tmp_path, SOLVER__IMS_PER_BATCH=4, SOLVER__MAX_ITER=2)
     on_two_ranks(tmp_path, train_one_rank, cfg)
     assert on_two_ranks(tmp_path, resume_with_another_folder, cfg) == [{"refused": True}] * 2
-
-
-def load_missing_weights(cfg):
-    if comm.get_rank() == 1:
-        cfg.MODEL.WEIGHTS += ".of_the_other_machine"
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
-    return dict(trainer.model.module.state_dict())
-
-
-def test_weights_on_the_first_machine_only_reach_all(tmp_path):  # D39: one rank raised, the others waited
-    cfg = student_cfg(run_cfg(tmp_path, SOLVER__IMS_PER_BATCH=4))
-    cfg.defrost()
-    torch.manual_seed(5)
-    weights = build_model(cfg).state_dict()
-    torch.save({"model": weights}, tmp_path / "w.pth")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "w.pth")
-    for rank in on_two_ranks(tmp_path, load_missing_weights, cfg):
-        assert differing(rank, dict(weights)) == []
