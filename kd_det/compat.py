@@ -19,7 +19,7 @@ if torch.__version__ < OLDEST_TORCH:
 
 
 def has_event_storage() -> bool:
-    """Whether the caller runs inside an ``EventStorage``; main has a function of this name, v0.6 has none."""
+    """Whether the caller runs inside an ``EventStorage``; main has a function for it, v0.6 has not."""
     try:
         get_event_storage()
     except AssertionError:
@@ -29,8 +29,8 @@ def has_event_storage() -> bool:
 
 def _import_model_zoo() -> types.ModuleType:
     """
-    ``detectron2.model_zoo``. It imports pkg_resources, which setuptools 82 dropped, for the path of a file; where that
-    is gone, a stand-in with that one function takes its place during the import, and leaves no trace afterwards.
+    ``detectron2.model_zoo``. It imports pkg_resources, which setuptools 82 dropped, for the path of a file. Where that
+    is missing, a stand-in with this one function is there during the import, and removed afterwards.
     """
     missing = importlib.util.find_spec("pkg_resources") is None
     if missing:

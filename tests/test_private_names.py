@@ -27,6 +27,7 @@ def reads(function, name: str) -> bool:
 NAMES = {
     "_LOCAL_PROCESS_GROUP": lambda: hasattr(comm, "_LOCAL_PROCESS_GROUP") and reads(comm.get_local_rank, "_LOCAL_PROC"),
     "_BatchNorm": lambda: issubclass(nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm),
+    "_coco_api": lambda: reads(COCOEvaluator.__init__, "self._coco_api = COCO("),
     "_data_loader": lambda: reads(hooks.PreciseBN, "self._data_loader ="),
     "_data_loader_iter": lambda: reads(SimpleTrainer.run_step, "next(self._data_loader_iter)"),
     "_eval_predictions": lambda: reads(COCOEvaluator.evaluate, "self._eval_predictions("),

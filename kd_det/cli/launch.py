@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from detectron2.config import CfgNode
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import multiprocessing as torch_multiprocessing
@@ -23,7 +22,7 @@ from kd_det.engine.stopping import RESUMABLE, handling_requests, restartable
 __all__ = ["launch"]
 
 
-def launch(main: Callable, args, cfg: CfgNode | None = None) -> None:
+def launch(main: Callable, args, *, output_dir: str = "", device: str = "cuda") -> None:
     """
     Call ``main(args)`` in every process of the run.
 
@@ -33,15 +32,15 @@ def launch(main: Callable, args, cfg: CfgNode | None = None) -> None:
     Args:
         main: a function of a module that can be imported.
         args: as :func:`kd_det.cli.argument_parser` gives them.
-        cfg: of the run. Processes of ``MODEL.DEVICE`` cpu talk over gloo, also beside a GPU; ``OUTPUT_DIR`` is locked
-            against other runs.
+        output_dir: is locked against other runs; empty: there is none.
+        device: of the run; processes on the "cpu" talk over gloo, also beside a GPU.
 
     Raises:
         SystemExit: a process ended with another status than 0; its status is kept.
     """
     has_gpu = torch.cuda.is_available()
-    on_gpu = has_gpu and (cfg is None or cfg.MODEL.DEVICE.startswith("cuda"))
-    what = (main, args, cfg.OUTPUT_DIR if cfg is not None else "")
+    on_gpu = has_gpu and device.startswith("cuda")
+    what = (main, args, output_dir)
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _join_torchrun(on_gpu)
         _run_in_group(*what)

@@ -419,19 +419,19 @@ def launch_args(tmp_path, **values) -> SimpleNamespace:
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_processes_on_the_cpu_find_each_other_also_beside_a_gpu(tmp_path, monkeypatch, has_gpu):  # D38
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    cfg = tiny_cfg(OUTPUT_DIR=str(tmp_path / "out"))
-    launch(_note_backend, launch_args(tmp_path), cfg)
+
+    launch(_note_backend, launch_args(tmp_path), output_dir=str(tmp_path / "out"), device="cpu")
     assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == ["gloo 0", "gloo 1"]
 
 
 def test_torchrun_on_the_cpu_of_a_machine_with_a_gpu(tmp_path):  # D38
-    cfg, port = tiny_cfg(OUTPUT_DIR=str(tmp_path / "out")), free_port()
+    port = free_port()
 
     def join(rank: int):
         torch.cuda.is_available = lambda: True
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        launch(_note_backend, launch_args(tmp_path), cfg)
+        launch(_note_backend, launch_args(tmp_path), output_dir=str(tmp_path / "out"), device="cpu")
 
     processes = [multiprocessing.get_context("fork").Process(target=join, args=(rank,)) for rank in range(2)]
     for process in processes:

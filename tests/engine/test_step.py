@@ -25,6 +25,7 @@ def test_the_host_waits_once_a_step(tmp_path, storage, losses):
         step.run_step()
         accelerator.reset()
         step.run_step()
+    print(accelerator.waits)
     assert waits_of_the_engine(accelerator) == 1
     assert storage.latest()["total_loss"][0] == pytest.approx(
         sum(value for key, (value, _) in storage.latest().items() if key.startswith("loss_")), rel=1e-5
