@@ -10,8 +10,10 @@ from tests.pretend_accelerator import Accelerator, on_device, place
 from tests.tiny import batch, distillation_cfg
 
 
-def waits_of_the_engine(accelerator) -> int:
-    return sum(count for place, count in accelerator.waits.items() if "engine/step.py" in place)
+def waits_of_the_engine(accelerator) -> list[str]:
+    """Without those of Detectron2's backward, which have no line of their own."""
+    waits = [place.split(":")[0] for place in accelerator.waits.elements() if "engine/step.py" in place]
+    return [place for place in waits if not place.startswith("index_put")]
 
 
 @pytest.mark.parametrize("losses", [("NST",), ("NST", "Hint", "AttentionTransfer")])
@@ -25,8 +27,7 @@ def test_the_host_waits_once_a_step(tmp_path, storage, losses):
         step.run_step()
         accelerator.reset()
         step.run_step()
-    print(accelerator.waits)
-    assert waits_of_the_engine(accelerator) == 1
+    assert waits_of_the_engine(accelerator) == ["copy to the host, kd_det/engine/step.py"]
     assert storage.latest()["total_loss"][0] == pytest.approx(
         sum(value for key, (value, _) in storage.latest().items() if key.startswith("loss_")), rel=1e-5
     )
