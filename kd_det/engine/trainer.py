@@ -3,7 +3,6 @@
 import logging
 import os
 import weakref
-from typing import Protocol, runtime_checkable
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
@@ -108,7 +107,7 @@ class Trainer(DefaultTrainer):
         ret.insert(before_evaluation, checkpoints)
         # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
         loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
-        self._loaders = [loader for loader in (self.data_loader, *loaders) if isinstance(loader, _Resumable)]
+        self._loaders = [loader for loader in (self.data_loader, *loaders) if hasattr(loader, "start_at")]
         for loader in self._loaders[1:]:
             loader.load_state_dict(self._loaders[0].state_dict())
         return ret
@@ -240,17 +239,6 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
     if cfg.TEST.AUG.ENABLED:
         results.update(test_with_augmentation(cfg, model, trainer_class))
     return results
-
-
-@runtime_checkable
-class _Resumable(Protocol):
-    """A train loader that starts where a run stopped, as :class:`ResumableLoader` does."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-    def start_at(self, batch: int) -> None: ...
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
