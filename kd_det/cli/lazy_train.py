@@ -28,7 +28,7 @@ from kd_det.errors import UserError
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.strict import load_strictly
 
-__all__ = ["main"]
+__all__ = ["get_parser", "main"]
 
 
 def _test(cfg: DictConfig, model):
@@ -99,5 +99,10 @@ def _check_and_launch(args: argparse.Namespace) -> None:
     launch(_process, args)
 
 
+def get_parser() -> argparse.ArgumentParser:
+    return argument_parser(__doc__)
+
+
+
 def main(argv: list[str] | None = None) -> None:
-    run_tool(_check_and_launch, parse_arguments(argument_parser(__doc__), argv))
+    run_tool(_check_and_launch, parse_arguments(get_parser(), argv))

@@ -6,14 +6,10 @@ from detectron2.data import MetadataCatalog
 
 from kd_det.cli.checks.planned_run import PlannedRun
 from kd_det.errors import UserError
-from kd_det.losses.bounded_regression import BoundedRegressionLoss
-from kd_det.losses.logits import LogitLoss
 from kd_det.student import student_class
 from kd_det.teachers.build import get_teacher_cfg
 
 __all__ = ["check_class_lists", "check_teacher_classes"]
-
-_COMPARE_CLASSES = (LogitLoss, BoundedRegressionLoss)
 
 # Where the number of classes of a meta-architecture stands in its config.
 _NUM_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
@@ -45,7 +41,7 @@ def check_class_lists(run: PlannedRun) -> None:
 def check_teacher_classes(run: PlannedRun) -> None:
     """A loss that compares class by class, with a teacher that is known to have been trained on other classes."""
     losses = getattr(run.model, "losses", {}).values()
-    losses = [type(loss).__name__ for loss in losses if isinstance(loss, _COMPARE_CLASSES)]
+    losses = [type(loss).__name__ for loss in losses if loss.compares_classes]
     known = _known_classes(run)
     if not losses or not known:
         return
