@@ -51,6 +51,5 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-
 def main(argv: list[str] | None = None) -> None:
     run_tool(_convert, get_parser().parse_args(argv))

@@ -39,6 +39,5 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-
 def main(argv: list[str] | None = None) -> None:
     run_tool(_export, parse_arguments(get_parser(), argv))

@@ -51,6 +51,5 @@ def get_parser() -> argparse.ArgumentParser:
     return config_parser(__doc__)
 
 
-
 def main(argv: list[str] | None = None) -> None:
     run_tool(_print_taps, parse_arguments(get_parser(), argv))

@@ -71,6 +71,5 @@ def get_parser() -> argparse.ArgumentParser:
     return argument_parser(__doc__)
 
 
-
 def main(argv: list[str] | None = None) -> None:
     run_tool(check_and_launch, parse_arguments(get_parser(), argv), _process, Trainer)

@@ -63,6 +63,5 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-
 def main(argv: list[str] | None = None) -> None:
     run_tool(_propose, parse_arguments(get_parser(), argv))

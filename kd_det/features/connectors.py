@@ -71,9 +71,7 @@ def build_connector(
     return connector
 
 
-def build_connectors(
-    student_channels: Sequence[int], teacher_channels: Sequence[int], **options
-) -> nn.ModuleList:
+def build_connectors(student_channels: Sequence[int], teacher_channels: Sequence[int], **options) -> nn.ModuleList:
     """One :func:`build_connector` for each pair of taps."""
     pairs = zip(student_channels, teacher_channels)
     return nn.ModuleList(build_connector(cs, ct, **options) for cs, ct in pairs)

@@ -77,9 +77,7 @@ def _without_padding(maps: Maps) -> Tuple[Tensor, Tensor]:
     return maps.student.masked_fill(maps.invalid, 0), maps.teacher.masked_fill(maps.invalid, 0)
 
 
-def _focal(
-    student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float
-) -> Tensor:
+def _focal(student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float) -> Tensor:
     """
     Args:
         student, teacher: those of ``maps``, 0 where it holds no image.

@@ -12,6 +12,7 @@ from kd_det.cli import argument_parser, load_config, parse_arguments, quickstart
 
 ROOT = Path(__file__).parents[2]
 
+
 def test_alone_and_distilled_differ_in_the_teacher_only(tmp_path):
     args = Namespace(output=str(tmp_path), seeds=[0, 5], opts=["SOLVER.MAX_ITER", "7"])
     teacher, pairs = quickstart.plan(args, str(tmp_path))
