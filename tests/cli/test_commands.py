@@ -77,7 +77,7 @@ def test_a_project_trains_by_its_config_alone_and_its_folder_is_kept(project):
     (project / "elsewhere").mkdir()
     run(project / "elsewhere", *train, "../distill.yaml", "OUTPUT_DIR", "../out")
     log = (project / "out/log.txt").read_text()
-    table = log[log.index("loss    ") :]
+    table = log[log.index("student <- teacher") :]
     assert "p2 (8 channels, stride 4) <- p2 (8 channels, stride 4)" in table[:500] and "edge" in table[:500]
     written = yaml.safe_load((project / "out/config.yaml").read_text())
     assert written["KD"]["IMPORTS"] == [str(project / "trees.py")] and written["KD"]["EDGE"]["POWER"] == 4
