@@ -12,7 +12,7 @@ __all__ = ["has_event_storage", "model_zoo"]
 
 
 def has_event_storage() -> bool:
-    """Whether the caller runs inside an ``EventStorage`` (v0.6 cannot be asked, main can)."""
+    """Whether the caller runs inside an ``EventStorage``; main has a function for it, v0.6 has not."""
     try:
         get_event_storage()
     except AssertionError:
@@ -22,8 +22,8 @@ def has_event_storage() -> bool:
 
 def _import_model_zoo() -> types.ModuleType:
     """
-    ``detectron2.model_zoo``. Main asks pkg_resources, which setuptools 82 dropped, for the path of a file; where it is
-    gone, a stand-in with that one function answers, and is in nobody else's way afterwards.
+    ``detectron2.model_zoo``. It imports pkg_resources, which setuptools 82 dropped, for the path of a file. Where that
+    is missing, a stand-in with this one function is there during the import, and removed afterwards.
     """
     missing = importlib.util.find_spec("pkg_resources") is None
     if missing:

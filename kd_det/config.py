@@ -179,8 +179,8 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind each convolution of the fusion; "": none.
     node.CONNECTOR_NORM = "BN"
 
-    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions. All four are the published ones
-    # for Faster R-CNN.
+    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions. Weight and options are the
+    # published ones for Faster R-CNN.
     node = add_loss_config(cfg, "DKD", weight=1.0)
     # alpha and beta of Eq. 7, weights of the label's part and of the other classes'. Classifiers take 1, and 0.5 to 8.
     node.ALPHA = 1.0

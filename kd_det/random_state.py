@@ -34,7 +34,7 @@ def set_random_state(state: dict) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state():
-    """What is drawn inside does not shift what is drawn after."""
+    """A context that leaves the random states as it found them, whatever is drawn in it."""
     state = get_random_state()
     try:
         yield

@@ -40,7 +40,7 @@ COMMANDS = {
     "suggest_weights.py": "weights",
     "train_net.py": "train",
 }
-EXAMPLE_KEYS = ("KD.SHAPE", "KD.SHAPE.POWER")
+EXAMPLE_KEYS = ("KD.SMOOTH", "KD.SMOOTH.BETA")
 SHELL = {"DETECTRON2": "detectron2", "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "7"}
 STUB = '#!/bin/sh\nfor x in "$0" "$@"; do printf "%s\\0" "$x"; done >> "$COMMANDS"\nprintf "\\n" >> "$COMMANDS"\n'
 
@@ -156,13 +156,14 @@ def test_a_loss_of_ones_own(tmp_path, monkeypatch):
     example = {}
     monkeypatch.setattr(DISTILLATION_LOSS_REGISTRY, "_obj_map", dict(DISTILLATION_LOSS_REGISTRY))
     exec(next(code for code in blocks("README.md", "python") if "DISTILLATION_LOSS_REGISTRY" in code), example)
-    example["add_shape_config"](cfg)
-    merge_options(cfg, ["KD.LOSSES", ("ShapeLoss",), "KD.SHAPE.POWER", 4], where="test")
+    example["add_smooth_config"](cfg)
+    merge_options(cfg, ["KD.LOSSES", ("SmoothLoss",), "KD.SMOOTH.BETA", 0.25], where="test")
     model = build_model(cfg).train()
-    assert model.losses["shape"].power == 4
-    loss = model(batch())["loss_shape"]
+    assert model.losses["smooth"].beta == 0.25
+    loss = model(batch())["loss_smooth"]
     loss.backward()
-    assert loss > 0 and any(p.grad.abs().sum() > 0 for p in model.student.backbone.parameters() if p.grad is not None)
+    trained = [*model.student.backbone.parameters(), *model.losses.parameters()]
+    assert loss > 0 and any(p.grad.abs().sum() > 0 for p in trained if p.grad is not None)
 
 
 def test_three_lines_in_a_script(tmp_path, monkeypatch):

@@ -4,10 +4,4 @@ from kd_det.losses import OverhaulLoss
 
 from .base_fcos_R_50_from_R_101 import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
-model.losses = [
-    L(OverhaulLoss)(
-        student_taps=["res3.pre_activation", "res4.pre_activation", "res5.pre_activation"],
-        student_channels=[512, 1024, 2048],
-        teacher_channels=[512, 1024, 2048],
-    )
-]
+model.losses = [L(OverhaulLoss)(student_taps=["res3.pre_activation", "res4.pre_activation", "res5.pre_activation"])]

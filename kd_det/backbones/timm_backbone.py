@@ -190,7 +190,7 @@ def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN
 
 
 def _warn_of_other_images(cfg: CfgNode) -> None:
-    """A file's own normalisation is not known for sure, so that another one than timm's is no error."""
+    """No error: a file does not tell its normalisation, which may be another one than timm's."""
     if not cfg.MODEL.TIMM.WEIGHTS:
         return
     import timm
@@ -262,13 +262,13 @@ def _indices_of_levels(name: str, network: nn.Module, out_features: Sequence[str
     if missing or not out_features:
         raise ValueError(
             f"timm's {name!r} gives maps of stride {info.reduction()}, that is the levels "
-            f"{[level for level in given if level]}; MODEL.TIMM.OUT_FEATURES asks for {list(out_features)}."
+            f"{[level for level in given if level]}; MODEL.TIMM.OUT_FEATURES names {list(out_features)}."
         )
     return {level: given[level] for level in out_features}
 
 
 def _load(network: nn.Module, name: str, path: str) -> None:
-    """timm's own weights of the whole model; what is behind the features (a classifier) is left over."""
+    """timm's own weights of the whole model; those behind the features (a classifier) are not used."""
     from timm.models import load_state_dict
 
     try:

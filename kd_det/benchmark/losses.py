@@ -64,8 +64,8 @@ METHODS: dict[str, tuple[Callable, Callable]] = {
 
 def measure_loss(name: str, shape: list[int], *, device: str, repeat: int) -> dict:
     """
-    Forward and backward of a loss on random maps, and its floor, in turns: the best times, for whatever else the
-    machine does only adds, and the median of the ratios of pairs. Extra maps are memory on top of both maps, the
+    Forward and backward of a loss on random maps, and its floor, in turns: the best times, since other work on the
+    machine only adds time, and the median of the ratios of pairs. Extra maps are memory on top of both maps, the
     gradient included, in sizes of the student's map.
     """
     loss, floor = METHODS[name]

@@ -50,7 +50,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self):
-        """Inside, the model's weights are the averages."""
+        """A context in which the model's weights are the averages."""
         weights = self._weights()
         kept = {key: value.clone() for key, value in weights.items()}
         self._copy(self._averages, weights)
@@ -85,9 +85,10 @@ class AverageWeights(HookBase):
 
 class AverageStatistics(HookBase):
     """
-    Gives batch norms that normalise each process' images apart the mean of all processes' running statistics after
-    every step (running averages are linear, so nothing else changes): what is evaluated on all processes is then the
-    model that the first one saves. timm's ``distribute_bn`` does the same once an epoch, a buffer at a time.
+    After every step, replaces the running statistics of batch norms that normalise each process' images separately by
+    their mean over all processes (running averages are linear, so nothing else changes). The model that all processes
+    evaluate is then the one that the first process saves. timm's ``distribute_bn`` does the same once an epoch, a
+    buffer at a time.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Whether the numbers of ``CLASSIFICATION.*`` can be."""
+"""Checks of the numbers in ``CLASSIFICATION.*``."""
 
 import math
 from numbers import Real
@@ -31,7 +31,7 @@ def check_input(cfg: CfgNode) -> None:
     Check what turns files into batches, without reading one.
 
     Raises:
-        ValueError: a number out of its range, or a word that is none of those expected.
+        ValueError: a number out of its range, or an unknown word.
     """
     node = cfg.CLASSIFICATION
     for key, (least, most) in _RANGES.items():

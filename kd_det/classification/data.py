@@ -22,7 +22,7 @@ def register_image_folder(name: str, root: str, **metadata) -> None:
         name: as in ``DATASETS.TRAIN``.
         root: e.g. "imagenet/train". With the metadata file of torchvision's ImageNet class beside it ("meta.bin"),
             classes get their English names.
-        metadata: more of it; ``make_command`` is told to who misses the files.
+        metadata: further entries; ``make_command`` is the command that the message for missing files names.
     """
     DatasetCatalog.register(name, lambda: _load(name, root))
     MetadataCatalog.get(name).set(evaluator_type="classification", root=root, **metadata)

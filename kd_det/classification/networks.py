@@ -39,7 +39,7 @@ _LEVEL_OF_STRIDE = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 
 def configure_network(cfg: CfgNode, name: str) -> None:
     """
-    Make a config that of a named classifier, in place: its architecture, normalisation and input size.
+    Turn a config into that of a named classifier, in place: its architecture, normalisation and input size.
 
     Args:
         cfg: with the nodes of :func:`add_classification_config`.
@@ -78,7 +78,7 @@ def configure_network(cfg: CfgNode, name: str) -> None:
 class NetworkClassifier(ImageClassifier):
     """
     A whole classifier of another library. Its logits are at the tap ``linear``, its maps at ``res2`` to ``res5`` where
-    timm says which modules give strides 4 to 32, and any module of it is a tap by its dotted name.
+    timm declares the modules that give strides 4 to 32, and any module of it is a tap by its dotted name.
     """
 
     @configurable

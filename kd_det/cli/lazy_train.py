@@ -9,6 +9,7 @@ Train or evaluate from a LazyConfig file: Detectron2's tools/lazyconfig_train_ne
 import argparse
 import os
 
+import torch
 from detectron2.config import instantiate
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
@@ -54,7 +55,7 @@ def _train(cfg: DictConfig, logger, *, resume: bool):
         model,
         instantiate(cfg.dataloader.train),
         optimizer,
-        amp=cfg.train.amp.enabled,
+        precision=torch.float16 if cfg.train.amp.enabled else None,
         dump_dir=os.path.join(cfg.train.output_dir, "non_finite"),
     )
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
@@ -81,6 +82,7 @@ def _train(cfg: DictConfig, logger, *, resume: bool):
 
 def _process(args: argparse.Namespace):
     cfg = load_lazy_config(args)
+    remove_earlier_run(cfg.train.output_dir, args)
     default_setup(cfg, args)
     logger = setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
     if not args.eval_only:
@@ -93,10 +95,9 @@ def _process(args: argparse.Namespace):
 
 
 def _check_and_launch(args: argparse.Namespace) -> None:
-    output_dir = load_lazy_config(args).train.output_dir
-    check_folder(output_dir, args)
-    remove_earlier_run(output_dir, args)
-    launch(_process, args)
+    train = load_lazy_config(args).train
+    check_folder(train.output_dir, args)
+    launch(_process, args, output_dir=train.output_dir, device=train.device)
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     if comm.get_world_size() > 1:  # under torchrun, only the first process has checked and completed the options
         args.opts, args.warnings = comm.all_gather((args.opts, args.warnings))[0]
     cfg = load_config(args)
+    remove_earlier_run(cfg.OUTPUT_DIR, args)
     default_setup(used_config(cfg), args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     for warning in args.warnings:
@@ -59,8 +60,7 @@ def check_and_launch(args: argparse.Namespace, process: Callable, trainer_class:
     cfg = load_config(args)
     check_trainer(cfg, trainer_class)
     cfg = check_run(cfg, args)
-    remove_earlier_run(cfg.OUTPUT_DIR, args)
-    launch(process, args)
+    launch(process, args, output_dir=cfg.OUTPUT_DIR, device=cfg.MODEL.DEVICE)
 
 
 def _process(args: argparse.Namespace):

@@ -163,7 +163,7 @@ class ResumableLoader:
 class ResumableSampler(Sampler):
     """
     A sampler's order from one batch on, grouped by aspect ratio: every ``batch_size`` items in a row are a batch. In a
-    worker of a ``DataLoader``, those of the batches that are this worker's turn.
+    worker of a ``DataLoader``, the items of the batches that this worker loads.
 
     Yields:
         (place, index): an image's place in the order of all processes, and its index in the data set.

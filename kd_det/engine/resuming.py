@@ -80,7 +80,7 @@ def settle_options(optimizer: Optimizer, scheduler, configured: list[dict], *, a
         return
     if apply:
         for group, options in zip(optimizer.param_groups, configured, strict=True):
-            if group.get("initial_lr"):  # where the schedule stands
+            if group.get("initial_lr"):  # at the schedule's factor of this iteration
                 group["lr"] *= options["initial_lr"] / group["initial_lr"]
             group.update(options)
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]

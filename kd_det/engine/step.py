@@ -27,14 +27,14 @@ NON_FINITE = ("stop", "skip")
 # Values of KD.AMP_PRECISION.
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# So many skipped steps in a row are not the images' fault: the weights themselves are gone.
+# After so many skipped steps in a row, the cause is not the images but the weights.
 MOST_SKIPPED_IN_A_ROW = 100
 
 
 class TrainStep(SimpleTrainer):
     """
-    The step of ``SimpleTrainer``, and of ``AMPTrainer`` with ``precision``, which insists on CUDA. The host waits for
-    the device once a step: when it reads the losses and whether the gradients are finite, of all ranks.
+    The step of ``SimpleTrainer`` or, with ``precision``, of ``AMPTrainer``, which itself needs CUDA. The host waits for
+    the device once a step: when it reads the losses of all ranks and whether their gradients are finite.
 
     A step with a non-finite loss or gradient never reaches the weights. "stop" ends training; "skip" leaves weights,
     optimizer and buffers as they were and counts the step as ``non_finite_steps``, on all ranks alike. Both write the
@@ -85,7 +85,7 @@ class TrainStep(SimpleTrainer):
         if not self.model.training:
             raise RuntimeError("the model was changed to eval mode")
         start = time.perf_counter()
-        # Of SimpleTrainer, in v0.6 an attribute and in main a property.
+        # SimpleTrainer's: an attribute in v0.6, a property in main.
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
@@ -167,8 +167,8 @@ class TrainStep(SimpleTrainer):
     @torch.no_grad()
     def _exchange(self, losses: dict[str, Tensor], data_time: float) -> list[list[float]]:
         """
-        By one collective and one read of the device: a row for each rank, of its losses, the largest magnitude in its
-        gradients, its data_time and whether it was asked to stop.
+        A row for each rank: its losses, the largest magnitude in its gradients, its data_time and whether it was asked
+        to stop. It takes one collective and one read of the device.
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None and p.numel()]
         if self.grad_scaler is not None or not gradients:  # a scaler looks for itself, and lowers its scale

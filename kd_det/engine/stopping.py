@@ -55,8 +55,8 @@ def restartable():
 class StopSignals:
     """
     While ``handled()``, the first SIGTERM or SIGINT sets ``requested``; between steps, where ``between_steps``, it also
-    ends the process by ``SystemExit(RESUMABLE)``: an evaluation is not waited for. A second SIGINT interrupts in any
-    case, so that a user at a terminal does not have to wait.
+    ends the process by ``SystemExit(RESUMABLE)``, because an evaluation would take too long. A second SIGINT always
+    interrupts, so that a user at a terminal does not have to wait.
     """
 
     def __init__(self):
@@ -113,7 +113,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         if stop and not on_time:
             self._save(iteration)
         if on_time or stop:
-            # Nobody ends before rank 0 has saved; and somebody may have been asked to stop meanwhile.
+            # No rank ends before rank 0 has saved, and another one may have been asked to stop meanwhile.
             stop = any_rank(bool(self._signals.requested))
         if stop and not last:
             reason = self._signals.requested or "another process"

@@ -37,7 +37,7 @@ def list_taps(model: nn.Module, size: tuple[int, int]) -> list[TapInfo]:
     Every level, stage and residual block of a detector's backbone, and every pre-activation.
 
     Args:
-        model: a detector; it is neither run nor changed: a copy without storage is.
+        model: a detector; it neither runs nor changes: a copy without storage runs instead.
         size: height and width of an image, before padding.
 
     Raises:

@@ -51,8 +51,8 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 def share_of_samples(count: Union[int, Tensor], device: torch.device) -> Union[float, Tensor]:
     """
-    This rank's number of samples, divided by the average of all ranks. The mean over a rank's own samples times this
-    is, averaged over ranks as DDP does, the mean over the samples of all ranks.
+    This rank's number of samples, divided by the average of all ranks. If each rank multiplies the mean over its own
+    samples by this factor, DDP's average over ranks is the mean over the samples of all ranks.
 
     Args:
         count: how many samples this rank has; a scalar tensor where only the device knows it.

@@ -74,7 +74,7 @@ def match_maps(
     name: str, student: Tensor, teacher: Tensor, valid: Optional[Tensor] = None, same_channels: bool = False
 ) -> Maps:
     """
-    Checks two feature maps, and brings them to one float type and, by :func:`pool_to`, to one spatial size.
+    Checks two feature maps, and converts them to one float type and, by :func:`pool_to`, to one spatial size.
 
     Args:
         name: the loss, for the messages.
@@ -85,7 +85,7 @@ def match_maps(
         same_channels: whether Cs must equal Ct.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together; says what was found and expected.
+        ValueError: shapes, types or devices that do not fit together; names what was found and expected.
     """
     student, teacher = to_float(name, student, teacher)
     for side, x in (("student", student), ("teacher", teacher)):
@@ -169,7 +169,7 @@ def within_range(function: Callable, magnitudes: Callable, dims, x: Tensor) -> T
     """
     Keeps powers and products of a map in the range of its type, for losses that do not depend on the map's scale.
 
-    On a CPU, looking at the result is cheap and dividing a whole map is not. On an accelerator the look would make the
+    On a CPU, checking the result is cheap and dividing a whole map is not. On an accelerator the check would make the
     host wait for the device, so the map is always divided.
 
     Args:

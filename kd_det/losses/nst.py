@@ -74,12 +74,12 @@ def nst_loss(
     u = s.new_full((cs + ct,), 1 / cs)
     u[cs:].fill_(-1 / ct)
     loss = (values @ u @ u).mean()
-    # Rounding may leave a little below 0 of equal maps; the gradient must not be clamped with the value.
+    # For equal maps, rounding may give a value slightly below 0; only the value is clamped, not the gradient.
     return loss - loss.detach().clamp(max=0)
 
 
 def _positions_are_cheaper(s: Tensor, t: Tensor) -> bool:
-    """By multiplications of forward and backward: of P x P Grams, or of the three blocks of channels."""
+    """Whether P x P Grams take fewer multiplications, forward and backward, than the three blocks of channels."""
     cs, ct, p = s.shape[1], t.shape[1], s.shape[2]
     return p * (2 * cs + ct) < ct * ct + 2 * cs * cs + 2 * cs * ct
 
@@ -130,16 +130,16 @@ class _UnitProducts(Function):
 
 
 def _live_squares(gram: Tensor) -> Tensor:
-    """The squared norm of each channel, and 1 of a dead one, which needs no rescue."""
+    """The squared norm of each channel, and 1 for a dead one, so that it can divide."""
     squares = gram.diagonal(dim1=1, dim2=2)
     return torch.where(squares == 0, 1, squares)
 
 
 def _gaussian(products: Tensor, student_channels: int) -> Tensor:
-    norms = products.detach().diagonal(dim1=1, dim2=2)  # squared: 1, or 0 of a dead channel
+    norms = products.detach().diagonal(dim1=1, dim2=2)  # squared: 1, or 0 for a dead channel
     distances = norms[:, None] + norms[:, :, None] - 2 * products
     sigma2 = distances.detach()[:, :student_channels, student_channels:].mean((1, 2), keepdim=True)
-    # Where all samples are equal, rounding is all that is left of sigma^2: keep it from deciding.
+    # Where all samples are equal, sigma^2 is rounding error only, and must not scale the distances.
     return torch.exp(distances * (-0.5 / sigma2.clamp(min=16 * torch.finfo(products.dtype).eps)))
 
 

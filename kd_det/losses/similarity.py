@@ -25,8 +25,8 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (b, ...), of any trailing shape; is detached.
 
     Returns:
-        A scalar; 0 for no sample, and identically 0 for one. A sample that is all zeros is similar to nothing and gets
-        zero gradient.
+        A scalar; 0 for no sample, and identically 0 for one. A sample that is all zeros has similarity 0 to all and
+        gets zero gradient.
 
     Raises:
         ValueError: different numbers of samples, or types or devices that do not fit.
@@ -57,8 +57,8 @@ class SimilarityLoss(DistillationLoss):
     :func:`similarity_preserving_loss` where a batch has enough samples for it: over the regions that the student
     samples (hundreds an image), or over the images. Samples are those of all ranks; gradients flow to the local ones.
 
-    Every sample is compared with every other, so the cost of regions would grow with the square of the images. Each
-    image brings the first of its regions only, so that all bring ``max_regions`` together. Detectron2 lists an image's
+    Every sample is compared with every other, so the cost of regions would grow with the square of the images. Only the
+    first regions of each image are samples, ``max_regions`` in all. Detectron2 lists an image's
     foreground first, in random order.
     """
 
@@ -70,7 +70,7 @@ class SimilarityLoss(DistillationLoss):
         Args:
             samples: "regions": the pooled features of the sampled regions, from both networks; taps are not read.
                 "images": the maps at the taps.
-            max_regions: with "regions", how many all images of all ranks bring together, at least one each.
+            max_regions: with "regions", how many are samples, of all images of all ranks; at least one of each image.
             grid: with "images", every image's valid part is average-pooled to (grid, grid), so that images of
                 different sizes compare and padding does not count.
             kwargs: see :class:`DistillationLoss`.

@@ -135,8 +135,8 @@ def render_scene(split, index, *, size, seed, light=False):
 
 def render_crop(split, index, *, size, seed, light=False):
     """
-    Draw one digit of class index % 10 that fills most of a ``size`` x ``size`` picture, to be classified. ``light``: as
-    of :func:`render_scene`.
+    Draw one digit of class index % 10 that fills most of a ``size`` x ``size`` picture, to be classified. ``light``:
+    see :func:`render_scene`.
 
     Returns:
         Picture

@@ -28,7 +28,7 @@ from kd_det.quickstart.register import DIGIT_CLASSES, SPLITS, coco_json
 
 __all__ = ["OfflineDatasetOptions", "make_offline_dataset"]
 
-VERSION = 1  # of what is written: raise it when the same options no longer give the same files
+VERSION = 1  # of the files' content; to be raised when the same options no longer give the same files
 MANIFEST = "dataset.json"
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def _fill(element, values):
 
 def _write_image(path, image):
     _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-    with open(path, "wb") as f:  # not imwrite, which says nothing about a full disk
+    with open(path, "wb") as f:  # not imwrite, which does not report a full disk
         f.write(jpeg)
 
 

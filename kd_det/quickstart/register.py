@@ -26,7 +26,7 @@ def register_digits(root, prefix="digits"):
     ``{prefix}_coco_val``, ``{prefix}_voc_train`` and ``{prefix}_voc_val``: the same images and boxes in two
     formats.
 
-    ``make_command`` in the metadata is what :func:`check_dataset` tells a user whose files are missing.
+    ``make_command`` in the metadata is the command that :func:`check_dataset` names where files are missing.
     """
     make_command = f"python tools/make_offline_dataset.py --output {shlex.quote(root)}"
     for split in SPLITS:

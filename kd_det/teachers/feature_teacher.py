@@ -1,5 +1,5 @@
 """
-Teachers from elsewhere: any network that maps images to feature maps teaches a detector.
+Teachers of other libraries: any network that maps images to feature maps can teach a detector.
 
 By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"`` with a
 local file of its weights; in Python, :class:`FeatureTeacher` around any network, or :func:`torchvision_teacher`.
@@ -43,7 +43,7 @@ class _Features(Backbone):
         self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
         strides = [shapes[name].stride for name in self._out_features]
-        # Coarser maps are pooled from those of stride 32, and ask for nothing.
+        # Coarser maps are pooled from those of stride 32, and need no more padding.
         self._size_divisibility = max([s for s in strides if s <= 32], default=max(strides))
         # By name, so that a deep copy finds its own modules.
         names = {module: name for name, module in network.named_modules()}
@@ -122,7 +122,7 @@ class FeatureTeacher(nn.Module):
     Its taps are the network's own names ("0", "body"), ``p<k>`` and ``res<k>`` for the map whose stride is nearest 2^k,
     levels inside it (``res4.pre_activation`` of a ResNet), and any dotted module name. Losses with equal or free
     channel counts work at once, the others through their connectors. It has no box head, so losses that compare what
-    both networks say of regions refuse it.
+    both networks predict for regions refuse it.
     """
 
     @configurable
@@ -196,7 +196,7 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
 
 def configure_feature_teacher(cfg: CfgNode, name: str) -> None:
     """
-    Make a config that of a :class:`FeatureTeacher`, in place.
+    Turn a config into that of a :class:`FeatureTeacher`, in place.
 
     Args:
         cfg: with the nodes of :func:`kd_det.add_kd_config`.

@@ -2,9 +2,9 @@
 Weights of torchvision and timm by the names of Detectron2's backbones.
 
 torchvision and timm name a ResNet's weights ``layer1.0.conv1``, ``bn1``, ``fc``; Detectron2 ``res2.0.conv1``,
-``conv1.norm``. Where the stride is no name shows: ``MODEL.RESNETS.STRIDE_IN_1X1`` is False for both libraries, and True
-by Detectron2's default. Other networks of torchvision become those of the timm backbone weight by weight, in the order
-in which they run.
+``conv1.norm``. The names do not show where the stride is: ``MODEL.RESNETS.STRIDE_IN_1X1`` is False for both libraries,
+and True by Detectron2's default. Other networks of torchvision become those of the timm backbone weight by weight, in
+the order in which they run.
 """
 
 import re
@@ -42,7 +42,7 @@ _DEPTHS = {
 
 
 def _detectron2_name(key: str) -> str | None:
-    """Detectron2's name of a torchvision ResNet's weight outside the head; None if it is none."""
+    """Detectron2's name of a torchvision ResNet's weight outside the head; None if it has none."""
     if match := _BLOCK_KEY.fullmatch(key):
         stage, block, layer, what = match.groups()
         return f"res{int(stage) + 1}.{block}.{_IN_BLOCK[layer]}.{what}"

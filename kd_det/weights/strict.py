@@ -1,4 +1,4 @@
-"""Whether weights fit a model: exactly, or well enough to start its backbone from them; and how it is said if not."""
+"""Whether weights fit a model: exactly, or well enough to start its backbone from them; and how misfits are worded."""
 
 import logging
 import re
@@ -31,7 +31,7 @@ class MisfitError(ValueError):
 
 def describe_misfits(*, most: int = 5, **kinds: Sequence[str]) -> str:
     """
-    Of each kind of misfit its number and its first weights: "2 missing (a, b); 7 unexpected (c, d and 5 more)".
+    The number and the first weights of each kind of misfit: "2 missing (a, b); 7 unexpected (c, d and 5 more)".
 
     Args:
         most: at most so many weights of a kind are named.

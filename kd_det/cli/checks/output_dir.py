@@ -4,6 +4,8 @@ import argparse
 import glob
 import os
 
+from detectron2.utils import comm
+
 from kd_det.cli.checks.planned_run import PlannedRun
 from kd_det.errors import UserError
 
@@ -42,10 +44,14 @@ def check_folder(path: str, args: argparse.Namespace) -> None:
 
 
 def remove_earlier_run(path: str, args: argparse.Namespace) -> None:
-    """With ``--overwrite``, remove the files that a training wrote into its folder, and no others."""
-    is_first = int(os.environ.get("RANK", args.machine_rank)) == 0
-    if not is_first or not args.overwrite or args.resume or args.eval_only:
+    """
+    With ``--overwrite``, remove the files that a training wrote into its folder, and no others. Every rank of the new
+    run calls it, once the folder is locked.
+    """
+    if not args.overwrite or args.resume or args.eval_only:
         return
-    for pattern in _RUN_FILES:
-        for file in glob.glob(os.path.join(glob.escape(path), pattern)):
-            os.remove(file)
+    if comm.is_main_process():
+        for pattern in _RUN_FILES:
+            for file in glob.glob(os.path.join(glob.escape(path), pattern)):
+                os.remove(file)
+    comm.synchronize()
