@@ -24,8 +24,7 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     # Factor of this loss in the total; 0 switches it off (nothing is built, nothing is run).
     node.WEIGHT = weight
     # Places read in the student: "p3", "res4", "res4.pre_activation" or a dotted module name (tools/list_taps.py).
-    # (A new tuple: equal literals are one to Python, and a dumped config would refer from one loss to another.)
-    node.STUDENT_TAPS = (*taps,)
+    node.STUDENT_TAPS = tuple(taps)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
     # Iterations of linear warm-up of the factor; None: KD.WARMUP_ITERS.

@@ -1,5 +1,6 @@
 """What README.md, docs/ and configs/README.md show: commands parse, Python runs, files and config keys exist."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -27,15 +28,17 @@ TOOLS = sorted(p.name for p in ROOT.glob("tools/*.py"))
 # Commands of a cluster or of the shell: a block that calls them runs, and what they would do does not matter here.
 OTHERS = ("make", "pip", "cp", "scontrol", "sbatch", ".venv/bin/python")
 RUNNERS = ("torchrun", "srun")
-# kd-det's commands and the tools that are the same.
+# The tools that are kd-det's commands, by the module in kd_det.cli of each.
 COMMANDS = {
-    "convert": "convert_backbone.py",
-    "export": "export_student.py",
-    "lazy-train": "lazyconfig_train_net.py",
-    "pretrain": "pretrain_backbone.py",
-    "taps": "list_taps.py",
-    "train": "train_net.py",
-    "weights": "suggest_weights.py",
+    "convert_backbone.py": "convert",
+    "export_student.py": "export",
+    "lazyconfig_train_net.py": "lazy_train",
+    "list_taps.py": "taps",
+    "make_offline_dataset.py": "digits",
+    "pretrain_backbone.py": "pretrain",
+    "quickstart.py": "quickstart",
+    "suggest_weights.py": "weights",
+    "train_net.py": "train",
 }
 EXAMPLE_KEYS = ("KD.SMOOTH", "KD.SMOOTH.BETA")
 SHELL = {"DETECTRON2": "detectron2", "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "7"}
@@ -74,8 +77,12 @@ def tool(name: str):
 
 def arguments(program: str, argv: list[str]):
     if program == "kd-det":
-        program, argv = COMMANDS[argv[0]], argv[1:]
-    return getattr(tool(program), "get_parser", argument_parser)().parse_args(argv)
+        command, argv = argv[0].replace("-", "_"), argv[1:]
+    elif program in COMMANDS:
+        command = COMMANDS[program]
+    else:
+        return getattr(tool(program), "get_parser", argument_parser)().parse_args(argv)
+    return importlib.import_module(f"kd_det.cli.{command}").get_parser().parse_args(argv)
 
 
 @cache
