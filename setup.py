@@ -24,6 +24,7 @@ setup(
     description="Knowledge distillation for Detectron2: small detectors taught by large ones",
     license="Apache-2.0",
     packages=find_packages(include=["kd_det", "kd_det.*"]),
+    entry_points={"console_scripts": ["kd-det = kd_det.cli.main:main"]},
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.11",
     # Ranges, so that an environment that runs Detectron2 stays as it is. Left out on purpose:

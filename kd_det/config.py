@@ -24,7 +24,8 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     # Factor of this loss in the total; 0 switches it off (nothing is built, nothing is run).
     node.WEIGHT = weight
     # Places read in the student: "p3", "res4", "res4.pre_activation" or a dotted module name (tools/list_taps.py).
-    node.STUDENT_TAPS = tuple(taps)
+    # (A new tuple: equal literals are one to Python, and a dumped config would refer from one loss to another.)
+    node.STUDENT_TAPS = (*taps,)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
     # Iterations of linear warm-up of the factor; None: KD.WARMUP_ITERS.
@@ -44,6 +45,9 @@ def add_kd_config(cfg: CN) -> None:
     _add_classification_config(cfg)
     cfg.KD = CN()
 
+    # Modules or .py files (beside the config) of a project, imported before the config is read: they register data
+    # sets, losses and architectures, and their functions add_..._config(cfg) add keys. Read by kd_det's commands.
+    cfg.KD.IMPORTS = []
     # Class names in DISTILLATION_LOSS_REGISTRY, e.g. ("NSTLoss", "SoftTargetLoss"). Empty: plain training.
     cfg.KD.LOSSES = ()
     # Iterations of linear warm-up of every distillation loss (0: none).
@@ -176,8 +180,8 @@ def add_kd_config(cfg: CN) -> None:
     # Norm behind each convolution of the fusion; "": none.
     node.CONNECTOR_NORM = "BN"
 
-    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions. All four are the published ones
-    # for Faster R-CNN.
+    # DKD, decoupled soft targets (arXiv 2203.08679) on the student's sampled regions. Weight and options are the
+    # published ones for Faster R-CNN.
     node = add_loss_config(cfg, "DKD", weight=1.0)
     # alpha and beta of Eq. 7, weights of the label's part and of the other classes'. Classifiers take 1, and 0.5 to 8.
     node.ALPHA = 1.0

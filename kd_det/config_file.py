@@ -1,39 +1,69 @@
-"""Reading yaml configs without running what a stranger wrote into them."""
+"""
+Reading yaml configs: safely, with one line for what is wrong, and with the project's own modules imported first.
+"""
 
-import ast
 import copy
-import logging
+import filecmp
+import importlib
 import os
+import re
+import sys
+from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from kd_det.errors import one_line, unknown_name
+from kd_det.compat import model_zoo
+from kd_det.errors import IMPORT_HINT, one_line, unknown_name
 
-__all__ = ["add_missing_keys", "merge_config_file", "merge_options"]
+__all__ = ["add_missing_keys", "find_config", "import_project", "merge_config_file", "merge_options"]
 
-_TAG = "tag:yaml.org,2002:python/"
+_PACKAGE = Path(__file__).parent
+# kd_det's own configs: beside the package in a checkout, inside it where it was installed.
+CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()), _PACKAGE / "configs")
+
+
+def find_config(path: str) -> str:
+    """The file, or kd_det's own config of that name ("configs/Quickstart/..."), which an installed package holds."""
+    own = CONFIGS / path.removeprefix("configs/")
+    return str(own) if path.startswith("configs/") and not os.path.exists(path) and own.is_file() else path
 
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:
     """
-    ``cfg.merge_from_file(path)`` for files that nobody has vouched for.
+    ``cfg.merge_from_file(path)`` that reads files of unknown origin safely, and first imports ``KD.IMPORTS``.
 
-    Detectron2 reads configs with ``yaml.unsafe_load``, because some (its Base-RetinaNet.yaml) hold an expression such
-    as ``[x * 2**(1.0/3) for x in [32, 64]]``. Here expressions are arithmetic on numbers and nothing else.
+    Detectron2 reads configs with ``yaml.unsafe_load``, because its Base-RetinaNet.yaml holds an expression. Here only
+    the model zoo's own files, and exact copies of them, may hold such tags.
 
     Args:
-        cfg: a config.
+        cfg: a config with the KD node.
         path: a yaml file; its ``_BASE_`` files count, which may be URLs.
 
     Raises:
         FileNotFoundError: no such file, or no such base.
-        ValueError: not a yaml config, an unknown key (says the nearest), a value of another type, or a file that would
-            run code.
+        ValueError: not a yaml config, a tag that would run code, a module that cannot be imported, an unknown key
+            (names the nearest), or a value of another type.
     """
-    _check_file(path, ())
-    _merge(cfg, cfg.merge_from_file, path, where=path)
+    if "://" in path:
+        raise ValueError(f"the config {path} is a URL, and Detectron2 reads configs from files: download it first")
+    if path.endswith(".py"):
+        raise ValueError(f"the config {path} is a LazyConfig, expected a yaml file; see kd-det lazy-train")
+    try:
+        content = _SafeReader.load_yaml_with_base(path)
+    except RecursionError:
+        raise ValueError(f"the config {path} inherits from itself, by its _BASE_") from None
+    except AssertionError as e:
+        raise ValueError(f"{path}: {e}") from e
+    kd = content.get("KD")
+    imports = kd.pop("IMPORTS", None) or [] if isinstance(kd, dict) else []
+    for name in [imports] if isinstance(imports, str) else imports:
+        import_project(cfg, name, folder=os.path.dirname(os.path.abspath(path)), where=f"{path}: KD.IMPORTS")
+    known = list(cfg.KD.IMPORTS) if "KD" in cfg else None
+    _merge(cfg, cfg.merge_from_file, path, where=path)  # every file that is read unsafely was found to be the zoo's
+    if known is not None:
+        cfg.KD.IMPORTS = known  # by their full paths, so that the config can be dumped into another folder
 
 
 def merge_options(cfg: CfgNode, options: list, *, where: str) -> None:
@@ -46,9 +76,47 @@ def merge_options(cfg: CfgNode, options: list, *, where: str) -> None:
         where: what messages call the list.
 
     Raises:
-        ValueError: an unknown key (says the nearest), a value of another type, or a key without a value.
+        ValueError: an unknown key (names the nearest), a value of another type, or a key without a value.
     """
     _merge(cfg, cfg.merge_from_list, list(options), where=where)
+
+
+def import_project(cfg: CfgNode, name: str, *, folder: str = ".", where: str = "--import") -> None:
+    """
+    Import a project's module, which registers its data sets, losses and architectures, and add its config keys: the
+    functions ``add_..._config(cfg)`` that it defines are called. The name is appended to ``cfg.KD.IMPORTS``.
+
+    Args:
+        cfg: a config with the KD node, changed in place.
+        name: a module ("my_project.data"), or a file ("my_losses.py").
+        folder: where a file is looked for before the current directory.
+        where: what messages call the list that holds the name.
+
+    Raises:
+        ValueError: no such module or file, or one that cannot be imported.
+    """
+    is_file = name.endswith(".py")
+    if is_file:
+        places = [os.path.abspath(os.path.join(place, name)) for place in (folder, ".")]
+        name = next((path for path in places if os.path.isfile(path)), "")
+        if not name:
+            raise ValueError(f"{where}: there is no file {' nor '.join(dict.fromkeys(places))}")
+    if name in cfg.KD.IMPORTS:
+        return
+    directory, module_name = (os.path.dirname(name), Path(name).stem) if is_file else (os.getcwd(), name)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as e:
+        raise ValueError(f"{where}: {name!r} cannot be imported: {one_line(e)}") from e
+    if is_file and not os.path.samefile(module.__file__, name):
+        raise ValueError(f"{where}: {name} has the name of another module, {module.__file__}; rename it")
+    for key, function in list(vars(module).items()):
+        own = getattr(function, "__module__", "").partition(".")[0] == module_name.partition(".")[0]
+        if own and re.fullmatch(r"add_\w*config", key):
+            function(cfg)
+    cfg.KD.IMPORTS = [*cfg.KD.IMPORTS, name]
 
 
 def add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
@@ -60,27 +128,51 @@ def add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
             add_missing_keys(cfg[key], value)
 
 
+class _SafeReader(CfgNode):
+    """Reads a file and its bases; messages name the file that is wrong."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        if "://" not in filename and not PathManager.isfile(filename):
+            kind = "is a folder, not a yaml file" if PathManager.isdir(filename) else "does not exist"
+            raise FileNotFoundError(f"the config {filename} {kind}")
+        try:
+            content = super().load_yaml_with_base(filename, allow_unsafe=_is_the_zoos(filename))
+        except yaml.constructor.ConstructorError as e:
+            raise ValueError(f"the config {filename} is refused: {one_line(e)}") from e
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise ValueError(f"{filename} is not a yaml config: {one_line(e)}") from e
+        except (TypeError, AttributeError):
+            content = None
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{filename}: _BASE_: {one_line(e)}") from e
+        except OSError as e:
+            raise FileNotFoundError(f"the config {filename} cannot be read: {one_line(e)}") from e
+        if not isinstance(content, dict):
+            raise ValueError(f"{filename} is not a yaml config: expected keys with values, found none")
+        return content
+
+
+def _is_the_zoos(path: str) -> bool:
+    zoo = Path(model_zoo.__file__).parent / "configs"
+    return os.path.isfile(path) and any(
+        filecmp.cmp(path, known, shallow=False) for known in zoo.rglob(os.path.basename(path)) if known.is_file()
+    )
+
+
 def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:
     try:
-        # Detectron2 warns that it reads expressions with yaml.unsafe_load; these have been checked.
-        logging.getLogger("fvcore.common.config").addFilter(_no_warning)
         merge(what)
     except (KeyError, AssertionError) as e:
         message = str(e.args[0]) if e.args else type(e).__name__
         key = message.rsplit(": ", 1)[-1]
         if "Non-existent" in message:
-            message = unknown_name("config key", key, _keys(cfg), most=6)
+            message = f"{unknown_name('config key', key, _keys(cfg), most=6)} {IMPORT_HINT}"
         raise ValueError(f"{where}: {message}") from e
     except (AttributeError, TypeError) as e:
         raise ValueError(f"{where}: a value stands where Detectron2 has a section, or the reverse ({e})") from e
     except (OverflowError, SyntaxError, ValueError) as e:
         raise ValueError(f"{where}: {one_line(e)}") from e
-    finally:
-        logging.getLogger("fvcore.common.config").removeFilter(_no_warning)
-
-
-def _no_warning(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.WARNING
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -88,79 +180,3 @@ def _keys(node: CfgNode, prefix: str = "") -> list[str]:
     for key, value in node.items():
         ret += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
     return ret
-
-
-def _check_file(path: str, inherited_by: tuple[str, ...]) -> None:
-    if path in inherited_by:
-        raise ValueError(f"{path} inherits from itself: _BASE_ leads from {' to '.join((*inherited_by, path))}")
-    if "://" in path and not inherited_by:
-        raise ValueError(f"the config {path} is a URL, and Detectron2 reads configs from files: download it first")
-    if path.endswith(".py"):
-        raise ValueError(f"the config {path} is a LazyConfig, expected a yaml file; see tools/lazyconfig_train_net.py")
-    if "://" not in path and not PathManager.isfile(path):
-        kind = "is a folder, not a yaml file" if PathManager.isdir(path) else "does not exist"
-        base = f", the _BASE_ of {inherited_by[-1]}," if inherited_by else ""
-        raise FileNotFoundError(f"the config {path}{base} {kind}")
-    try:
-        with PathManager.open(path, "r") as file:
-            content = yaml.load(file, _CheckingLoader)  # a subclass of SafeLoader
-    except yaml.constructor.ConstructorError as e:
-        raise ValueError(f"the config {path} is refused: {one_line(e)}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a yaml config: {one_line(e)}") from e
-    except OSError as e:
-        raise FileNotFoundError(f"the config {path} cannot be read: {one_line(e)}") from e
-    if not isinstance(content, dict):
-        found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise ValueError(f"{path} is not a yaml config: expected keys with values, found {found}")
-    bases = content.get("_BASE_", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        base = os.path.expanduser(base)
-        if "://" not in base:
-            base = os.path.join(os.path.dirname(path), base)
-        _check_file(base, (*inherited_by, path))
-
-
-class _CheckingLoader(yaml.SafeLoader):
-    """Knows of Python's tags only tuples and arithmetic; any other ends in a ``ConstructorError``."""
-
-
-def _check_expression(loader: _CheckingLoader, node: yaml.Node) -> None:
-    arguments = loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else []
-    try:
-        _check_arithmetic(ast.parse(*arguments, mode="eval"))
-    except (SyntaxError, TypeError, ValueError) as e:
-        problem = f"{arguments} is not arithmetic on numbers ({e})"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-
-
-_CheckingLoader.add_constructor(_TAG + "object/apply:eval", _check_expression)
-_CheckingLoader.add_constructor(_TAG + "tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
-
-_ARITHMETIC = (
-    ast.Expression, ast.List, ast.Tuple, ast.ListComp, ast.comprehension, ast.Name, ast.Load, ast.Store, ast.Constant,
-    ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.UnaryOp, ast.USub,
-)  # fmt: skip
-
-
-def _check_arithmetic(tree: ast.AST) -> None:
-    """Also bounds what the expression costs: a config must not hang or fill the memory either."""
-    nodes = list(ast.walk(tree))
-    for node in nodes:
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "id", None)
-            if name == "range" and not all(isinstance(x, ast.Constant) for x in node.args):
-                raise ValueError("range takes plain numbers")
-            known = name in ("range", "int", "float")
-        elif isinstance(node, ast.Constant):
-            known = isinstance(node.value, (int, float)) and node.value <= 10_000
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-            exponent = list(ast.walk(node.right))
-            known = not any(isinstance(x, (ast.Name, ast.Pow, ast.Mult)) for x in exponent)
-            known &= all(x.value <= 8 for x in exponent if isinstance(x, ast.Constant))
-        else:
-            known = isinstance(node, _ARITHMETIC)
-        if not known:
-            raise ValueError(f"it has {ast.unparse(node) or type(node).__name__}")
-    if len(nodes) > 300 or sum(isinstance(node, (ast.comprehension, ast.Pow)) for node in nodes) > 4:
-        raise ValueError("it is too long")

@@ -117,14 +117,17 @@ class Distiller(nn.Module):
         self._warned_of_frozen_taps = False
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict:
+    def from_config(
+        cls, cfg: CfgNode, student: Optional[nn.Module] = None, teacher: Optional[nn.Module] = None
+    ) -> Dict:
+        """``student`` and ``teacher``: the config's, where they are built already."""
         check_kd_config(cfg.KD)
-        ret = {"student": build_student(cfg), "input_format": cfg.INPUT.FORMAT}
+        ret = {"student": student or build_student(cfg), "input_format": cfg.INPUT.FORMAT}
         if enabled_loss_classes(cfg) or cfg.KD.INHERIT:
             # What distillation draws at random must not shift what training draws after it.
             with preserved_random_state():
                 try:
-                    teacher = build_teacher(cfg)
+                    teacher = teacher or build_teacher(cfg)
                 except FileNotFoundError as e:
                     # A detector is also built from its training's config where it only infers.
                     logger.warning(f"Without its teacher this model infers, and will not train: {e}")

@@ -3,12 +3,19 @@
 import difflib
 from typing import Iterable
 
-__all__ = ["USER_ERRORS", "UserError", "one_line", "unknown_name"]
+__all__ = ["DatasetError", "IMPORT_HINT", "USER_ERRORS", "UserError", "one_line", "unknown_name"]
 
 
 class UserError(ValueError):
     """What a user can cause and fix, said in one line."""
 
+
+class DatasetError(ValueError):
+    """A data set that is not registered, not there, or not readable, in one line for the user."""
+
+
+# Added to messages about names that a project may have registered itself.
+IMPORT_HINT = "(A project's own is found once its module is imported: --import MODULE, or KD.IMPORTS in the config.)"
 
 # What a user can cause and fix. Anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, FloatingPointError, OSError)

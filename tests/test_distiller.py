@@ -299,7 +299,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "opts, message",
         [
-            ({"KD__LOSSES": ["NSTT"]}, "Unknown distillation loss 'NSTT'. Did you mean 'NSTLoss'"),
+            ({"KD__LOSSES": ["NSTT"]}, "Unknown distillation loss 'NSTT'. Did you mean 'NST'"),
             ({"KD__LOSSES": ["NST", "NSTLoss"]}, "names NSTLoss more than once"),
             ({"KD__NST__STUDENT_TAPS": ["p9"]}, "Unknown tap of the student 'p9'"),
             ({"KD__NST__TEACHER_TAPS": ["p2", "p3", "p4", "p55"]}, "tap of the teacher 'p55'. Did you mean 'p5'"),

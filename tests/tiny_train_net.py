@@ -11,12 +11,10 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import train_net  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import tests.tiny  # noqa: E402, F401
-from kd_det.cli import argument_parser, parse_arguments, run_tool  # noqa: E402
+from kd_det.cli import train  # noqa: E402
 from kd_det.engine import Trainer  # noqa: E402
 
 register_coco_instances("tiny", {}, os.environ["TINY_DATA"] + "/annotations.json", os.environ["TINY_DATA"])
@@ -33,7 +31,7 @@ class Killed(Trainer):
 
 
 if "TINY_KILL" in os.environ:
-    train_net.Trainer = Killed
+    train.Trainer = Killed
 
 if __name__ == "__main__":
-    run_tool(train_net.check_and_launch, parse_arguments(argument_parser()))
+    train.main()

@@ -11,6 +11,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det.benchmark.measure import kernels, peak_bytes, seconds, waits
+from kd_det.cli.teacher import choose_losses
+from kd_det.config_file import merge_options
 from kd_det.distiller import Distiller
 from kd_det.features.tap_table import input_size
 from kd_det.losses import build_losses
@@ -88,6 +90,9 @@ def build_distiller(cfg: CfgNode) -> Distiller:
             for norm in block.modules():
                 if isinstance(norm, FrozenBatchNorm2d):
                     norm.weight.fill_(0.3)
+    cfg = cfg.clone()
+    cfg.defrost()
+    merge_options(cfg, choose_losses(cfg, student, teacher), where="--teacher")
     losses = build_losses(cfg, student, teacher)
     for loss in losses:
         loss.images_to_observe = lambda: 0

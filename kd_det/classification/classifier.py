@@ -69,7 +69,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         if input_size:
-            # Inside the backbone's call: to whoever runs the backbone alone, its maps cover the images it was given.
+            # In the backbone's call, so that its maps cover the images it is given also for those who run it alone.
             self.backbone.register_forward_pre_hook(
                 lambda _, args: (
                     F.interpolate(args[0], size=(input_size, input_size), mode="bilinear", antialias=True),

@@ -13,8 +13,8 @@ __all__ = ["ClassificationEvaluator", "ranks"]
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """
-    How many classes score higher than each image's own, (N,); a tie counts against it, so that a classifier that
-    gives all classes one score is never right. NaN is never right either.
+    How many classes score higher than each image's own, (N,); a tie counts against it, so that equal scores for
+    all classes are never right. Neither is NaN.
 
     Args:
         scores: (N, K).

@@ -1,7 +1,5 @@
 """Gradient-based AT as a loss of a training step: arXiv 1612.03928, section 3.2."""
 
-from typing import Dict, List
-
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
@@ -49,7 +47,7 @@ class GradientAttentionLoss(DistillationLoss):
                     f"AttentionTransferLoss."
                 )
 
-    def prepare(self, batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
+    def prepare(self, batched_inputs: list[dict], device: torch.device) -> list[dict]:
         return with_pixel_gradients(batched_inputs, device)
 
     def forward(self, student, teacher, context):
@@ -60,7 +58,7 @@ class GradientAttentionLoss(DistillationLoss):
         return sum(gradient_attention_loss(s[None], t[None]) for s, t in zip(own, theirs)) / len(own)
 
 
-def with_pixel_gradients(batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
+def with_pixel_gradients(batched_inputs: list[dict], device: torch.device) -> list[dict]:
     """Batched inputs whose images are float leaves that keep their gradient."""
     return [
         {**x, "image": x["image"].detach().to(device, torch.float32, copy=True).requires_grad_()}
@@ -69,9 +67,13 @@ def with_pixel_gradients(batched_inputs: List[Dict], device: torch.device) -> Li
 
 
 def pixel_gradients(
-    task_losses: Dict[str, Tensor], batched_inputs: List[Dict], *, create_graph: bool = False
-) -> List[Tensor]:
-    """The gradients of each image's own loss, if the task losses are means over the images."""
+    task_losses: dict[str, Tensor], batched_inputs: list[dict], *, create_graph: bool = False
+) -> list[Tensor]:
+    """
+    The gradients of each image's own loss, if the task losses are means over the images. In full precision: no scaler
+    keeps these gradients within float16's range.
+    """
     images = [x["image"] for x in batched_inputs]
-    total = len(images) * sum(task_losses.values())
-    return list(torch.autograd.grad(total, images, create_graph=create_graph))
+    with torch.autocast(images[0].device.type, enabled=False):
+        total = len(images) * sum(task_losses.values())
+        return list(torch.autograd.grad(total, images, create_graph=create_graph))

@@ -84,7 +84,7 @@ class ClassificationMapper:
         except _UNREADABLE as e:
             problem = f"image {path} cannot be read ({' '.join(str(e).split())})"
             if not self._skip_corrupt:
-                raise DatasetError(f"{problem}; CLASSIFICATION.CORRUPT_IMAGES 'skip' goes on without it") from e
+                raise DatasetError(f"{problem}; CLASSIFICATION.CORRUPT_IMAGES 'skip' leaves such images out") from e
             with self._skipped.get_lock():
                 self._skipped.value += 1
                 logger.warning(f"skipped: {problem}; {self._skipped.value} so far")

@@ -78,7 +78,7 @@ def configure_network(cfg: CfgNode, name: str) -> None:
 class NetworkClassifier(ImageClassifier):
     """
     A whole classifier of another library. Its logits are at the tap ``linear``, its maps at ``res2`` to ``res5`` where
-    timm declares which modules give strides 4 to 32, and any module of it is a tap by its dotted name.
+    timm declares the modules that give strides 4 to 32, and any module of it is a tap by its dotted name.
     """
 
     @configurable

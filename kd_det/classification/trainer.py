@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 BACKBONE_FILE = "backbone.pkl"
 AVERAGE_FILE = "model_ema.pth"
 
-EVALUATORS["classification"] = lambda name, output_dir: ClassificationEvaluator()
+EVALUATORS["classification"] = lambda cfg, name, output_dir: ClassificationEvaluator()
 
 
 class ClassificationTrainer(Trainer):

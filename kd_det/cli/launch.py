@@ -1,9 +1,11 @@
 """Detectron2's ``launch``, also without a GPU and also under torchrun."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 
@@ -14,41 +16,50 @@ from detectron2.utils import comm
 from torch import multiprocessing as torch_multiprocessing
 
 from kd_det.cli.run_tool import run_tool
+from kd_det.engine.lock import sole_run
 from kd_det.engine.stopping import RESUMABLE, handling_requests, restartable
 
 __all__ = ["launch"]
 
 
-def launch(main: Callable, args) -> None:
+def launch(main: Callable, args, *, output_dir: str = "", device: str = "cuda") -> None:
     """
     Call ``main(args)`` in every process of the run.
 
     Under torchrun (its variables are in the environment) this process is one of them. Otherwise ``args.num_gpus``
-    processes are started on this machine; without a GPU they talk over gloo.
+    processes are started on this machine.
 
     Args:
         main: a function of a module that can be imported.
-        args: as :func:`kd_det.engine.argument_parser` gives them.
+        args: as :func:`kd_det.cli.argument_parser` gives them.
+        output_dir: is locked against other runs; empty: there is none.
+        device: of the run; processes on the "cpu" talk over gloo, also beside a GPU.
 
     Raises:
         SystemExit: a process ended with another status than 0; its status is kept.
     """
+    has_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu and device.startswith("cuda")
+    what = (main, args, output_dir)
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _join_torchrun()
-        _run_in_group(main, args)
+        _join_torchrun(on_gpu)
+        _run_in_group(*what)
         return
     if args.num_gpus * args.num_machines == 1:
-        _run(main, args)
+        _run(*what)
         return
-    where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     requests = []
     try:
         # This process only waits: a request to stop is for the processes that train, which then end it.
         with _passing_on(requests):
-            if torch.cuda.is_available() or hasattr(comm, "create_local_process_group"):
-                detectron2_launch(_run_in_group, *where, args=(main, args))
-            else:  # v0.6 insists on CUDA
-                torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(main, *where, args))
+            # Without a GPU, v0.6 refuses and main takes gloo; with one, both take NCCL.
+            if on_gpu or (not has_gpu and hasattr(comm, "create_local_process_group")):
+                where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+                detectron2_launch(_run_in_group, *where, args=what)
+            else:
+                if args.dist_url == "auto":
+                    args.dist_url = _free_url()
+                torch_multiprocessing.spawn(_gloo_worker, nprocs=args.num_gpus, args=(args, what))
     except torch_multiprocessing.ProcessExitedException as e:
         if requests and e.exit_code == -signal.SIGTERM:  # it had not even begun
             sys.exit(RESUMABLE)
@@ -60,18 +71,23 @@ def launch(main: Callable, args) -> None:
         sys.exit(1)
 
 
-def _run(main: Callable, args):
+def _run(main: Callable, args, output_dir: str):
     with restartable():  # until training begins, and answers signals itself
-        run_tool(main, args)
+        run_tool(_run_alone, main, args, output_dir)
 
 
-def _run_in_group(main: Callable, args):
+def _run_alone(main: Callable, args, output_dir: str):
+    with sole_run(output_dir) if output_dir else contextlib.nullcontext():
+        main(args)
+
+
+def _run_in_group(*what):
     """
-    ``_run``, then leave the process group: gloo's threads may want Python's lock to release a result, and a thread that
-    asks for it while the interpreter shuts down aborts the process.
+    ``_run``, then leave the process group: a thread of gloo that releases a result takes Python's lock, and while the
+    interpreter shuts down that aborts the process.
     """
     try:
-        _run(main, args)
+        _run(*what)
         status = 0
     except SystemExit as e:
         status = e.code
@@ -83,6 +99,7 @@ def _run_in_group(main: Callable, args):
 
 
 def _leave_group():
+    # Private, and without a public way to forget them: Detectron2 keeps two groups in its module.
     comm._LOCAL_PROCESS_GROUP = None
     comm._get_global_gloo_group.cache_clear()
     gc.collect()  # a model under DistributedDataParallel keeps the group, and its threads, alive
@@ -90,25 +107,25 @@ def _leave_group():
 
 
 @restartable()
-def _gloo_worker(local_rank, main, num_processes, num_machines, machine_rank, dist_url, args):
+def _gloo_worker(local_rank: int, args, what: tuple):
     dist.init_process_group(
         "gloo",
-        init_method=dist_url,
-        world_size=num_machines * num_processes,
-        rank=machine_rank * num_processes + local_rank,
+        init_method=args.dist_url,
+        world_size=args.num_machines * args.num_gpus,
+        rank=args.machine_rank * args.num_gpus + local_rank,
     )
-    _create_local_process_group(num_processes)
+    _create_local_process_group(args.num_gpus)
     comm.synchronize()
-    _run_in_group(main, args)
+    _run_in_group(*what)
 
 
 @restartable()
-def _join_torchrun():
+def _join_torchrun(on_gpu: bool):
     if int(os.environ["WORLD_SIZE"]) == 1:
         return
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     _create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()
 
@@ -122,7 +139,13 @@ def _create_local_process_group(num_processes: int):
         ranks = list(range(first, first + num_processes))
         group = dist.new_group(ranks)
         if comm.get_rank() in ranks:
-            comm._LOCAL_PROCESS_GROUP = group
+            comm._LOCAL_PROCESS_GROUP = group  # private: v0.6 has no function that sets it
+
+
+def _free_url() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
 
 
 def _passing_on(requests: list[int]):

@@ -1,4 +1,4 @@
-"""How tools end: with one line for what a user can mend, with a traceback only for a defect."""
+"""How tools end: with one line for what a user can fix, with a traceback only for a defect."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ __all__ = ["run_tool"]
 
 def run_tool(main: Callable, *args):
     """
-    Call ``main(*args)``; an error that a user can mend becomes one line on stderr and exit status 1.
+    Call ``main(*args)``; an error that a user can fix becomes one line on stderr and exit status 1.
 
     Returns:
         What ``main`` returns.

@@ -3,24 +3,28 @@
 import json
 import math
 import os
-import re
-import xml.etree.ElementTree as ET
-from numbers import Real
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+from detectron2.structures import BoxMode
 from PIL import Image
 
-from kd_det.errors import unknown_name
+from kd_det.data.voc import explain_voc
+from kd_det.errors import IMPORT_HINT, DatasetError, one_line, unknown_name
 
-__all__ = ["CheckedMapper", "DatasetError", "DatasetSummary", "check_dataset", "check_voc_evaluation"]
+__all__ = ["CheckedMapper", "DatasetError", "DatasetSummary", "check_dataset", "evaluator_type"]
 
 # Reading every image is cheap for a small data set, minutes for COCO: beyond this size a sample is read.
 READ_ALL_BELOW = 64 << 20  # bytes
 SAMPLE = 256  # images
 
-_VOC_BOX = tuple(f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax"))
+# A box may reach beyond its image by so many pixels: annotations are rounded.
+ROUNDING = 1.0
+
+_BOX_MODES = tuple(BoxMode)
 
 # SyntaxError: Pillow, on a broken PNG.
 UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
@@ -29,17 +33,36 @@ UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombEr
 LARGEST_JSON = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes
 
 
-class DatasetError(ValueError):
-    """A data set that is not registered, not there, or not readable, in one line for the user."""
+@dataclass
+class DatasetSummary:
+    """
+    Attributes:
+        num_images: how many.
+        num_annotations: objects, crowds included.
+        num_instances: objects that training learns from: all but crowds.
+        thing_classes: class names; empty if the metadata has none.
+        largest_class: the largest class index of an annotation, -1 without annotations.
+        num_keypoints: the numbers of keypoints that objects have.
+        odd_boxes: boxes that are empty or reach beyond their image.
+        first_odd_box: the first of them: file, number in the file's list, coordinates.
+    """
 
-
-class DatasetSummary(NamedTuple):
     num_images: int
-    num_instances: int
-    thing_classes: tuple  # empty if the metadata names none
+    thing_classes: tuple[str, ...] = ()
+    num_annotations: int = 0
+    num_instances: int = 0
+    largest_class: int = -1
+    num_keypoints: set[int] = field(default_factory=set)
+    odd_boxes: int = 0
+    first_odd_box: str = ""
 
 
-def check_dataset(name, needs=None):
+def evaluator_type(name: str) -> str:
+    """The evaluator of a data set; "coco" where its metadata names none: it evaluates any boxes with class names."""
+    return MetadataCatalog.get(name).get("evaluator_type", "coco")
+
+
+def check_dataset(name: str, needs: Mapping[str, str] | None = None, *, evaluated: bool = False) -> DatasetSummary:
     """
     Load the annotations of a registered data set with its own loader, and look at its images: all exist;
     and all of a small data set, or an even sample of a large one, can be read and have the size that the
@@ -51,18 +74,15 @@ def check_dataset(name, needs=None):
 
     Args:
         name: as in ``cfg.DATASETS.TRAIN`` and ``TEST``.
-        needs (dict): keys that every object's annotation must have, such as "segmentation", and the config's key that
-            asks for each, for the message. Crowds, which are not learned from, may lack them.
-
-    Returns:
-        DatasetSummary
+        needs: keys that every object's annotation must have, such as "segmentation", and the config's key that needs
+            each, for the message. Crowds, which are not learned from, may lack them.
+        evaluated: the images need the ids by which evaluators match them.
 
     Raises:
-        DatasetError: with what was found, where, what was expected, and how to make the files if that is
-        known.
+        DatasetError: with what was found, where, what was expected, and how to make the files if that is known.
     """
     if name not in DatasetCatalog:
-        raise DatasetError(unknown_name("data set", name, DatasetCatalog.list()))
+        raise DatasetError(f"{unknown_name('data set', name, DatasetCatalog.list())} {IMPORT_HINT}")
     meta = MetadataCatalog.get(name)
     _check_json_size(name, meta)
     try:
@@ -71,31 +91,19 @@ def check_dataset(name, needs=None):
         raise DatasetError(f"data set '{name}' cannot be loaded: {_explain(meta, e)}") from e
     if not dicts:
         raise DatasetError(f"data set '{name}' holds no images{_where(meta)}")
-    classes = tuple(meta.get("thing_classes", ()))
+    summary = DatasetSummary(len(dicts), tuple(meta.get("thing_classes", ())))
     for record in dicts:
-        _check_annotations(name, record, classes, needs or {})
+        where = f"data set '{name}', image {record.get('file_name', record.get('image_id'))}"
+        if evaluated and "image_id" not in record:
+            raise DatasetError(f"{where}: evaluation needs an 'image_id', the image has {', '.join(record)}")
+        for key in ("width", "height"):
+            if not isinstance(record.get(key, 0), Real):
+                raise DatasetError(f"{where}: expected a number as '{key}', found {record[key]!r}")
+        for i, annotation in enumerate(record.get("annotations", ())):
+            _check_annotation(where, annotation, summary.thing_classes, needs or {})
+            _count(summary, record, annotation, i)
     _check_images(name, meta, [record for record in dicts if "file_name" in record])
-    return DatasetSummary(len(dicts), sum(len(record.get("annotations", ())) for record in dicts), classes)
-
-
-def check_voc_evaluation(name):
-    """
-    Whether Detectron2's VOC evaluator can read the annotations of a data set that its loader can: it wants more of
-    each object, and coordinates without a decimal point.
-
-    Raises:
-        DatasetError: names the first file and place.
-    """
-    meta = MetadataCatalog.get(name)
-    for image_id in _voc_ids(meta):
-        path = _voc_annotation(meta, image_id)
-        for i, item in enumerate(ET.parse(path).getroot().findall("object")):
-            for place in ("truncated", "difficult", *_VOC_BOX):
-                if not re.fullmatch(r"\s*-?\d+\s*", item.findtext(place, "")):
-                    problem = f"expected an integer at object[{i + 1}]/{place}, found {item.findtext(place)!r}"
-                    raise DatasetError(f"data set '{name}' cannot be evaluated: {path}: {problem}")
-            if item.find("pose") is None:
-                raise DatasetError(f"data set '{name}' cannot be evaluated: {path}: object[{i + 1}] has no pose")
+    return summary
 
 
 class CheckedMapper:
@@ -104,41 +112,62 @@ class CheckedMapper:
     error when the image cannot be read: Pillow's own message for a truncated file names none.
     """
 
-    def __init__(self, mapper):
+    def __init__(self, mapper: Callable[[dict], dict | None]):
         self.mapper = mapper
 
-    def __call__(self, dataset_dict):
+    def __call__(self, dataset_dict: dict) -> dict | None:
         try:
             return self.mapper(dataset_dict)
         except UNREADABLE as e:
             raise DatasetError(_unreadable(dataset_dict.get("file_name", "(no file name)"), e)) from e
 
 
-def _check_json_size(name, meta):
+def _check_json_size(name: str, meta: Metadata) -> None:
     path = meta.get("json_file") or ""
     if os.path.isfile(path) and os.path.getsize(path) > LARGEST_JSON:
         size = f"{path} has {os.path.getsize(path):,} bytes, and this machine's memory holds {LARGEST_JSON:,} of JSON"
         raise DatasetError(f"data set '{name}' cannot be loaded: {size}")
 
 
-def _check_annotations(name, record, classes, needs):
-    for annotation in record.get("annotations", ()):
-        where = f"data set '{name}', image {record.get('file_name', record.get('image_id'))}"
-        box = annotation.get("bbox", ())
-        finite = all(isinstance(x, Real) and math.isfinite(x) for x in box)
-        if not finite or len(box) not in (4, 5):  # 5: a rotated box
-            raise DatasetError(f"{where}: expected a box of 4 finite numbers, found {list(box)}")
-        label = annotation.get("category_id")
-        if classes and label not in range(len(classes)):
-            raise DatasetError(f"{where}: expected a class in 0..{len(classes) - 1}, found {label}")
-        for key in needs:
-            if key not in annotation and not annotation.get("iscrowd", 0):
-                raise DatasetError(
-                    f"{where}: {needs[key]} needs '{key}' of every object; one has {', '.join(annotation)}"
-                )
+def _check_annotation(where: str, annotation: dict, classes: tuple[str, ...], needs: Mapping[str, str]) -> None:
+    box = annotation.get("bbox", ())
+    finite = all(isinstance(x, Real) and math.isfinite(x) for x in box)
+    if not finite or len(box) not in (4, 5):  # 5: a rotated box
+        raise DatasetError(f"{where}: expected a box of 4 finite numbers, found {list(box)}")
+    if annotation.get("bbox_mode") not in _BOX_MODES:
+        found = annotation.get("bbox_mode")
+        raise DatasetError(f"{where}: expected a 'bbox_mode' such as BoxMode.XYXY_ABS with each box, found {found}")
+    label = annotation.get("category_id")
+    if not isinstance(label, Integral) or label < 0 or (classes and label >= len(classes)):
+        expected = f"in 0..{len(classes) - 1}" if classes else "index"
+        raise DatasetError(f"{where}: expected a class {expected}, found {label}")
+    for key in needs:
+        if key not in annotation and not annotation.get("iscrowd", 0):
+            raise DatasetError(f"{where}: {needs[key]} needs '{key}' of every object; one has {', '.join(annotation)}")
 
 
-def _check_images(name, meta, records):
+def _count(summary: DatasetSummary, record: dict, annotation: dict, index: int) -> None:
+    summary.num_annotations += 1
+    summary.num_instances += not annotation.get("iscrowd", 0)
+    summary.largest_class = max(summary.largest_class, annotation["category_id"])
+    if annotation.get("keypoints"):
+        summary.num_keypoints.add(len(annotation["keypoints"]) // 3)
+    mode = annotation["bbox_mode"]
+    if mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
+        return
+    x0, y0, x1, y1 = annotation["bbox"]
+    if mode == BoxMode.XYWH_ABS:
+        x1, y1 = x0 + x1, y0 + y1
+    beyond = x1 > record.get("width", math.inf) + ROUNDING or y1 > record.get("height", math.inf) + ROUNDING
+    if beyond or min(x0, y0) < -ROUNDING or x1 <= x0 or y1 <= y0:
+        summary.odd_boxes += 1
+        summary.first_odd_box = summary.first_odd_box or (
+            f"annotation {index} of {record.get('file_name', record.get('image_id'))}: x {x0:g} to {x1:g}, y {y0:g} to "
+            f"{y1:g} in {record.get('width', '?')} x {record.get('height', '?')}"
+        )
+
+
+def _check_images(name: str, meta: Metadata, records: list[dict]) -> None:
     local = [record for record in records if "://" not in record["file_name"]]
     sizes, missing = [], []
     for record in local:
@@ -158,81 +187,27 @@ def _check_images(name, meta, records):
             raise DatasetError(f"data set '{name}': {problem}{_remedy(meta)}") from e
 
 
-def _explain(meta, error):
+def _explain(meta: Metadata, error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}{_remedy(meta)}"
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) and meta.get("json_file"):
-        return f"{meta.json_file} is not a readable JSON file ({_line(error)}){_remedy(meta)}"
-    problem = _explain_voc(meta) if meta.get("dirname") and meta.get("split") else None
+        return f"{meta.json_file} is not a readable JSON file ({one_line(error)}){_remedy(meta)}"
+    problem = explain_voc(meta) if meta.get("dirname") and meta.get("split") else None
     if problem:
         return problem + _remedy(meta)
-    return f"{type(error).__name__}: {_line(error)}{_where(meta)}"
+    return f"{type(error).__name__}: {one_line(error)}{_where(meta)}"
 
 
-def _explain_voc(meta):
-    """The first file of a VOC data set that its loader cannot use, or None: the loader's errors name none."""
-    image_set = _voc_image_set(meta)
-    try:
-        ids = _voc_ids(meta)
-    except UnicodeDecodeError as e:
-        return f"{image_set} is not a text file ({_line(e)})"
-    if len(ids) == 1:
-        return f"{image_set} lists one image, and Detectron2's VOC loader needs two or more"
-    odd = [line for line in ids if len(line.split()) != 1]
-    if odd:
-        return f"{image_set}: expected the name of one image a line, found {odd[0]!r}"
-    for image_id in ids:
-        path = _voc_annotation(meta, image_id)
-        try:
-            root = ET.parse(path).getroot()
-        except ET.ParseError as e:
-            return f"{path} is not a readable XML file ({_line(e)})"
-        places = ["size/width", "size/height"]
-        for i in range(len(root.findall("object"))):
-            places += [f"object[{i + 1}]/{place}" for place in _VOC_BOX]
-        for place in places:
-            if not _is_number(root.findtext(place)):
-                return f"{path}: expected a number at {place}, found {root.findtext(place)!r}"
-        for label in (item.findtext("name") for item in root.findall("object")):
-            if label not in meta.thing_classes:
-                return f"{path}: {unknown_name('class', label, meta.thing_classes, most=20)}"
-    return None
+def _unreadable(path: str, error: Exception) -> str:
+    return f"image {path} cannot be read ({' '.join(str(error).split())})"
 
 
-def _voc_image_set(meta):
-    return os.path.join(meta.dirname, "ImageSets", "Main", meta.split + ".txt")
-
-
-def _voc_ids(meta):
-    with open(_voc_image_set(meta)) as f:
-        return [line.strip() for line in f if line.strip()]
-
-
-def _voc_annotation(meta, image_id):
-    return os.path.join(meta.dirname, "Annotations", image_id + ".xml")
-
-
-def _is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except (TypeError, ValueError):
-        return False
-
-
-def _unreadable(path, error):
-    return f"image {path} cannot be read ({_line(error)})"
-
-
-def _line(error):
-    return " ".join(str(error).split())
-
-
-def _where(meta):
+def _where(meta: Metadata) -> str:
     path = meta.get("json_file") or meta.get("dirname")
     return f" ({path})" if path else ""
 
 
-def _remedy(meta):
+def _remedy(meta: Metadata) -> str:
     """How to make the files; or, where Detectron2's own folder of data sets lacks this one, which that is."""
     root = meta.get("dirname") or meta.get("image_root") or ""
     if meta.get("make_command"):

@@ -3,14 +3,18 @@
 import contextlib
 import io
 import logging
+import os
 from typing import Callable
 
+from detectron2.config import CfgNode
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.evaluation import coco_evaluation
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
+from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-__all__ = ["COCOEvaluator", "fast_coco_eval"]
+__all__ = ["COCOEvaluator", "fast_coco_eval", "test_with_augmentation"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +25,45 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     package faster-coco-eval does the same sums in C++ if it is installed.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _complete_annotations(self._coco_api)
+
     def _eval_predictions(self, *args, **kwargs):
-        with _fast_implementation():
+        with _fast_implementation(self._coco_api):
             return super()._eval_predictions(*args, **kwargs)
+
+
+def test_with_augmentation(cfg: CfgNode, model: GeneralizedRCNN, trainer_class) -> dict:
+    """
+    Evaluate a detector with Detectron2's test-time augmentation, as its own tool does for ``TEST.AUG.ENABLED``.
+
+    Args:
+        trainer_class: has ``build_evaluator`` and ``test``.
+
+    Returns:
+        Results as ``test`` gives them, the tasks with the ending "_TTA".
+    """
+    logger.info("Evaluating with test-time augmentation (TEST.AUG.ENABLED).")
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+    evaluators = [trainer_class.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+    results = trainer_class.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+    return {f"{task}_TTA": values for task, values in results.items()}
+
+
+def _complete_annotations(coco_api: COCO) -> None:
+    """Fill in what many annotation tools leave out and evaluation needs: crowd, area, numbers as ids."""
+    annotations = coco_api.dataset.get("annotations", [])
+    for annotation in annotations:
+        annotation.setdefault("iscrowd", 0)
+        if "area" not in annotation:
+            has_mask = bool(annotation.get("segmentation"))
+            width, height = annotation["bbox"][2:]
+            annotation["area"] = float(mask.area(coco_api.annToRLE(annotation))) if has_mask else width * height
+    if not all(isinstance(annotation["id"], int) for annotation in annotations):  # no result depends on them
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+        coco_api.createIndex()
 
 
 def fast_coco_eval(coco_gt: COCO, coco_dt: COCO, iou_type: str):
@@ -49,10 +89,12 @@ def _is_installed() -> bool:
 
 
 @contextlib.contextmanager
-def _fast_implementation():
+def _fast_implementation(coco_api: COCO):
+    # faster-coco-eval takes whole numbers for the images' ids only.
+    usable = _is_installed() and all(isinstance(image_id, int) for image_id in coco_api.imgs)
     # Both versions of Detectron2 look this name up when they evaluate, and bind it to COCOeval without their extension.
     original: Callable = coco_evaluation.COCOeval_opt
-    if original is COCOeval and _is_installed():
+    if original is COCOeval and usable:
         coco_evaluation.COCOeval_opt = fast_coco_eval
         logger.info("Evaluating with faster-coco-eval.")
     elif original is COCOeval:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from kd_det.distiller import Distiller
 
@@ -36,8 +37,9 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     """
     Measure every loss of a Distiller and its gradient over some batches. Nothing is trained.
 
-    Gradients are compared at the student's own parameters that the task losses reach: what a loss asks of its
-    connectors does not compete with the task. Schedules are measured as they stand at the current iteration.
+    Gradients are compared at the student's own parameters that the task losses reach: what a loss demands of its
+    connectors, or of layers that only it reaches, does not compete with the task. Schedules are measured as they stand
+    at the current iteration.
 
     Args:
         model: in training mode, inside an ``EventStorage``.
@@ -58,8 +60,10 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
         losses = model(batched_inputs)
         terms = {name: losses.pop(loss.key) for name, loss in model.losses.items()}
         terms["task"] = sum(losses.values())
+        reached = _gradients(terms["task"], parameters).keys()
         for name, term in terms.items():
-            value, norm = term.item(), _gradient_norm(term, parameters)
+            gradients = _gradients(term, reached)
+            value, norm = term.item(), get_total_norm(gradients.values()).item()
             sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), (value, norm))]
         count += 1
     if not count:
@@ -74,11 +78,13 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     return ret
 
 
-def _gradient_norm(loss: Tensor, parameters: list[Tensor]) -> float:
-    if not loss.requires_grad:
-        return 0.0
+def _gradients(loss: Tensor, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Of the parameters that a loss reaches, the gradients."""
+    parameters = list(parameters)
+    if not loss.requires_grad or not parameters:
+        return {}
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return torch.stack([g.norm() for g in gradients if g is not None]).norm().item()
+    return {parameter: g for parameter, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 def format_sizes(sizes: list[LossSize]) -> str:

@@ -7,7 +7,6 @@ import weakref
 from typing import Protocol, runtime_checkable
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
@@ -15,8 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from kd_det.data import DatasetError
-from kd_det.engine.evaluation import COCOEvaluator
+from kd_det.data import DatasetError, evaluator_type
+from kd_det.engine.evaluation import COCOEvaluator, test_with_augmentation
 from kd_det.engine.loader import build_train_loader
 from kd_det.engine.resuming import RESUME_SOLVER, check_optimizer_state, options_of, settle_options
 from kd_det.engine.step import PRECISIONS, TrainStep
@@ -32,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 # By the ``evaluator_type`` of a data set's metadata.
 EVALUATORS = {
-    "coco": lambda name, output_dir: COCOEvaluator(name, output_dir=output_dir),
-    "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
+    "coco": lambda cfg, name, output_dir: COCOEvaluator(
+        name, output_dir=output_dir, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    ),
+    "pascal_voc": lambda cfg, name, output_dir: PascalVOCDetectionEvaluator(name),
 }
 
 
@@ -209,17 +210,19 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """
-        The evaluator of the data set's ``evaluator_type``.
+        The evaluator of the data set's ``evaluator_type``; ``output_folder``: default ``OUTPUT_DIR/inference``.
 
         Raises:
             ValueError: no evaluator of that type.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        kind = evaluator_type(dataset_name)
         if kind not in EVALUATORS:
             raise ValueError(f"data set {dataset_name!r}: {unknown_name('evaluator_type', kind, EVALUATORS)}")
-        return EVALUATORS[kind](dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return EVALUATORS[kind](cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
@@ -249,7 +252,10 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
     if resume and checkpointer.has_checkpoint():
         weights = checkpointer.get_checkpoint_file()
     load_strictly(model, weights, who="student")
-    return trainer_class.test(cfg, model)
+    results = trainer_class.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(test_with_augmentation(cfg, model, trainer_class))
+    return results
 
 
 @runtime_checkable

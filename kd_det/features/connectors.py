@@ -20,11 +20,12 @@ class _Connector(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         values = x.shape[0] * x.shape[2] * x.shape[3]
-        if values == 1 and self.training and isinstance(self.norm, _BatchNorm) and comm.get_world_size() == 1:
+        # The synchronised kinds count the values of all ranks.
+        is_alone = type(self.norm) is nn.BatchNorm2d or comm.get_world_size() == 1
+        if values == 1 and self.training and isinstance(self.norm, _BatchNorm) and is_alone:
             raise ValueError(
-                f"{self.norm_key}: the connector's batch norm has a single value per channel, from one image with a "
-                f"map of 1x1. Set {self.norm_key} to GN or '', give larger images or more a batch, or leave the "
-                f"deepest tap out."
+                f"The connector's batch norm sees one value per channel: one image, whose map at a tap is 1x1. Set "
+                f"{self.norm_key} to 'GN' or '', put more or larger images into a batch, or drop the deepest tap."
             )
         return super().forward(x)
 
@@ -71,9 +72,7 @@ def build_connector(
     return connector
 
 
-def build_connectors(
-    student_channels: Sequence[int], teacher_channels: Sequence[int], **options
-) -> nn.ModuleList:
+def build_connectors(student_channels: Sequence[int], teacher_channels: Sequence[int], **options) -> nn.ModuleList:
     """One :func:`build_connector` for each pair of taps."""
     pairs = zip(student_channels, teacher_channels)
     return nn.ModuleList(build_connector(cs, ct, **options) for cs, ct in pairs)

@@ -4,7 +4,7 @@ What a loss may know of a training step besides the maps, and which positions of
 Shapes: N images; R sampled regions of all images together.
 """
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -32,24 +32,27 @@ def valid_sizes(
 
 
 def valid_mask(
-    image_sizes: List[Tuple[int, int]], canvas: Tuple[int, int], size: Tuple[int, int], device: torch.device = "cpu"
+    image_sizes: Union[Tensor, List[Tuple[int, int]]], canvas: Tuple[int, int], size: Tuple[int, int]
 ) -> Tensor:
     """
     Which positions of a feature map hold image, see :func:`valid_sizes`.
 
+    Args:
+        image_sizes: (N, 2), each image's height and width in pixels; a tensor on the device of the map, or numbers.
+        canvas, size: of the padded batch and of the map.
+
     Returns:
         bool, (N, 1, H, W).
     """
-    limits = _to_device(torch.tensor(valid_sizes(image_sizes, canvas, size)), device)
-    rows = torch.arange(size[0], device=device) < limits[:, :1]
-    columns = torch.arange(size[1], device=device) < limits[:, 1:]
+    image_sizes = image_sizes if isinstance(image_sizes, Tensor) else torch.tensor(image_sizes)
+    rows, columns = (
+        # Position i lies inside where i < ceil(side * m / c), which is i * c < side * m.
+        torch.arange(0, m * c, c, device=image_sizes.device) < side[:, None] * m
+        if c % m
+        else torch.arange(0, c, c // m, device=image_sizes.device) < side[:, None]
+        for side, m, c in zip(image_sizes.unbind(1), size, canvas)
+    )
     return rows[:, None, :, None] & columns[:, None, None, :]
-
-
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on the device, for which the host does not wait where memory can be pinned."""
-    is_cuda = torch.device(device).type == "cuda"
-    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
 
 
 class StepContext:
@@ -92,6 +95,7 @@ class StepContext:
         self._teacher_outputs = teacher_outputs
         self._student_head = student_head
         self._sampled = sampled
+        self._sizes: Dict[torch.device, Tensor] = {}
         self._masks: Dict[Tuple, Optional[Tensor]] = {}
         self._pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = None
         self._targets: Dict[int, RegionTargets] = {}
@@ -106,9 +110,16 @@ class StepContext:
         key = (size, features.device)
         if key not in self._masks:
             whole = all(limits == size for limits in self.valid_sizes(features))
-            mask = None if whole else valid_mask(self.image_sizes, self.canvas, size, features.device)
-            self._masks[key] = mask
+            self._masks[key] = None if whole else valid_mask(self._sizes_on(features.device), self.canvas, size)
         return self._masks[key]
+
+    def _sizes_on(self, device: torch.device) -> Tensor:
+        """The image sizes as a tensor (N, 2): one copy a step, for which the host does not wait on a GPU."""
+        if device not in self._sizes:
+            sizes = torch.tensor(self.image_sizes)
+            is_cuda = device.type == "cuda"
+            self._sizes[device] = (sizes.pin_memory() if is_cuda else sizes).to(device, non_blocking=is_cuda)
+        return self._sizes[device]
 
     @torch.no_grad()
     def _teacher_on(self, boxes: List[Boxes], stage: int) -> RegionOutputs:

@@ -6,6 +6,7 @@ from kd_det.losses.attention_transfer import (
     attention_transfer_loss,
     gradient_attention_loss,
 )
+from kd_det.losses.binary_soft_target import binary_soft_target_loss
 from kd_det.losses.bounded_regression import BoundedRegressionLoss, bounded_regression_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, build_losses, loss_class
 from kd_det.losses.cwd import CWDLoss, cwd_loss
@@ -42,6 +43,7 @@ __all__ = [
     "SoftTargetLoss",
     "attention_map",
     "attention_transfer_loss",
+    "binary_soft_target_loss",
     "bounded_regression_loss",
     "build_losses",
     "cwd_loss",

@@ -70,6 +70,7 @@ class BoundedRegressionLoss(DistillationLoss):
 
     name = "bounded_regression"
     needs_regions = True
+    compares_classes = True
 
     @configurable
     def __init__(self, *, margin: float = 0.0, **kwargs):
@@ -85,7 +86,10 @@ class BoundedRegressionLoss(DistillationLoss):
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
+        return {**super().from_config(cfg, student, teacher), "margin": cfg.KD.BOUNDED_REGRESSION.MARGIN}
+
+    def connect(self, student, teacher):
+        super().connect(student, teacher)
         heads = [
             RegionHead(getattr(network, "roi_heads", None), side=side)
             for network, side in ((student, "student"), (teacher, "teacher"))
@@ -96,7 +100,6 @@ class BoundedRegressionLoss(DistillationLoss):
                 f"Bounded regression compares the boxes of a class: the student has {counts[0]} classes and the "
                 f"teacher {counts[1]}. Make MODEL.ROI_HEADS.NUM_CLASSES equal, or drop it from KD.LOSSES."
             )
-        return {**ret, "margin": cfg.KD.BOUNDED_REGRESSION.MARGIN}
 
     def forward(self, student, teacher, context):
         pairs = context.region_pairs()

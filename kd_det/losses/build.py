@@ -5,7 +5,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from kd_det.errors import unknown_name
+from kd_det.errors import IMPORT_HINT, unknown_name
 from kd_det.features.taps import tap_shape
 from kd_det.losses.schedule import Schedule
 
@@ -177,12 +177,60 @@ def loss_class(name: str):
     for candidate in (name, f"{name}Loss"):
         if candidate in registered:
             return registered[candidate]
-    raise ValueError(unknown_name("distillation loss", name, registered))
+    short = sorted(name.removesuffix("Loss") for name in registered)
+    raise ValueError(f"{unknown_name('distillation loss', name, short, most=len(short))} {IMPORT_HINT}")
 
 
 def build_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> List[DistillationLoss]:
-    """The losses of ``KD.LOSSES`` whose weight is not 0."""
-    return [cls(cfg, student, teacher) for cls in enabled_loss_classes(cfg)]
+    """
+    The losses of ``KD.LOSSES`` whose weight is not 0.
+
+    Raises:
+        ValueError: see :func:`enabled_loss_classes`; or a config key of a loss that its ``from_config`` does not read.
+    """
+    return [_build_loss(cls, cfg, student, teacher) for cls in enabled_loss_classes(cfg)]
+
+
+def _build_loss(cls: type, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> "DistillationLoss":
+    name = cls.name.upper()
+    node = _WatchedNode(cfg.KD[name])
+    watched = cfg.clone()
+    dict.__setitem__(watched.KD, name, node)
+    loss = cls(watched, student, teacher)
+    unread = sorted(set(cfg.KD[name]) - node.read)
+    if unread:
+        raise ValueError(
+            f"{cls.__name__} does not read {', '.join(f'KD.{name}.{key}' for key in unread)}, so the value would be "
+            f"ignored: its from_config(cls, cfg, student, teacher) must hand it to __init__."
+        )
+    return loss
+
+
+class _Names(set):
+    def __deepcopy__(self, memo):
+        return self  # reading a clone of the config is reading
+
+
+class _WatchedNode(CfgNode):
+    """A node that remembers which of its keys were read; iterating reads them all."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__["read"] = _Names()
+
+    def __getitem__(self, key: str):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default=None):
+        return self[key] if key in self else default
+
+    def __iter__(self):
+        self.read.update(self.keys())
+        return super().__iter__()
+
+    def items(self):
+        return [(key, self[key]) for key in self.keys()]
 
 
 def enabled_loss_classes(cfg: CfgNode) -> List[type]:

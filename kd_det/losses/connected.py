@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode, configurable
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.features.connectors import build_connectors, connect_where_different
 from kd_det.losses.build import DistillationLoss, tap_channels
@@ -47,13 +47,25 @@ class ConnectedLoss(DistillationLoss):
         node = cfg.KD[cls.name.upper()]
         return {**super().from_config(cfg, student, teacher), "connector_norm": node.CONNECTOR_NORM}
 
+    @property
+    def connector_options(self) -> dict:
+        """What every connector is built with."""
+        return {"norm": self.connector_norm, "norm_key": f"KD.{self.name.upper()}.CONNECTOR_NORM"}
+
     def build(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
         """Build every module whose size depends on the channels at the taps. Subclasses extend it."""
         build = build_connectors if self.connects_equal_channels else connect_where_different
-        self.connectors = build(student_channels, teacher_channels, norm=self.connector_norm)
+        self.connectors = build(student_channels, teacher_channels, **self.connector_options)
 
     def connect(self, student: nn.Module, teacher: nn.Module) -> None:
         super().connect(student, teacher)
         if not self._is_built:
             self.build(*tap_channels(self, student, teacher))
             self._is_built = True
+
+    def connected_pairs(
+        self, student: list[Tensor], teacher: list[Tensor], context
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """:meth:`pairs`, with the student's maps behind their connectors."""
+        pairs = zip(self.connectors, self.pairs(student, teacher, context))
+        return [(connector(s), t, valid) for connector, (s, t, valid) in pairs]

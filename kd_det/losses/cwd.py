@@ -72,8 +72,5 @@ class CWDLoss(ConnectedLoss):
         return {**super().from_config(cfg, student, teacher), "temperature": cfg.KD.CWD.TEMPERATURE}
 
     def forward(self, student, teacher, context):
-        pairs = self.pairs(student, teacher, context)
-        return sum(
-            cwd_loss(connector(s), t, temperature=self.temperature, valid=valid)
-            for connector, (s, t, valid) in zip(self.connectors, pairs)
-        )
+        pairs = self.connected_pairs(student, teacher, context)
+        return sum(cwd_loss(s, t, temperature=self.temperature, valid=valid) for s, t, valid in pairs)

@@ -94,5 +94,5 @@ class DISTLoss(LogitLoss):
 
     def forward(self, student, teacher, context):
         # "Over samples" means those of all ranks.
-        pairs = [gather_samples(s, t) for s, t in self.logit_pairs(student, teacher, context)]
+        pairs = [gather_samples(s, t) for s, t, _ in self.logit_pairs(student, teacher, context)]
         return sum(dist_loss(s, t, **self.options) for s, t in pairs) / len(pairs)

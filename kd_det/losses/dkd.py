@@ -110,7 +110,7 @@ class DKDLoss(LogitLoss):
     def forward(self, student, teacher, context):
         pairs = self.logit_pairs(student, teacher, context)
         total = 0.0
-        for stage, (s, t) in enumerate(pairs):
+        for stage, (s, t, _) in enumerate(pairs):
             mean = dkd_loss(s, t, context.region_targets(stage).classes, **self.options)
             total = total + share_of_samples(len(s), s.device) * mean
         return total / len(pairs)

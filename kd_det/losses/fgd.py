@@ -77,9 +77,7 @@ def _without_padding(maps: Maps) -> Tuple[Tensor, Tensor]:
     return maps.student.masked_fill(maps.invalid, 0), maps.teacher.masked_fill(maps.invalid, 0)
 
 
-def _focal(
-    student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float
-) -> Tensor:
+def _focal(student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float) -> Tensor:
     """
     Args:
         student, teacher: those of ``maps``, 0 where it holds no image.
@@ -204,10 +202,8 @@ class FGDLoss(ConnectedLoss):
 
     def forward(self, student, teacher, context):
         boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
-        levels = [
-            match_maps("FGDLoss", connector(s), t, valid, same_channels=True)
-            for connector, (s, t, valid) in zip(self.connectors, self.pairs(student, teacher, context))
-        ]
+        pairs = self.connected_pairs(student, teacher, context)
+        levels = [match_maps("FGDLoss", *pair, same_channels=True) for pair in pairs]
         if levels[0].empty:
             return sum(zero_loss(maps.student) for maps in levels)
         return self._sum_of_levels(levels, self._weights(levels, boxes, context))

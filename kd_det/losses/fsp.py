@@ -103,11 +103,8 @@ class FSPLoss(ConnectedLoss):
             )
 
     def forward(self, student, teacher, context):
-        maps = [
-            (connector(s), t, context.valid(s), context.valid(t))
-            for connector, (s, t, _) in zip(self.connectors, self.pairs(student, teacher, context))
-        ]
+        pairs = self.connected_pairs(student, teacher, context)
         total = 0.0
-        for (s, t, valid_s, valid_t), (s_next, t_next, _, _) in zip(maps[::2], maps[1::2]):
-            total = total + fsp_loss(fsp_matrix(s, s_next, valid=valid_s), fsp_matrix(t, t_next, valid=valid_t))
+        for (s, t, valid), (s_next, t_next, _) in zip(pairs[::2], pairs[1::2]):
+            total = total + fsp_loss(fsp_matrix(s, s_next, valid=valid), fsp_matrix(t, t_next, valid=context.valid(t)))
         return total

@@ -94,8 +94,7 @@ class MGDLoss(ConnectedLoss):
         return {**super().from_config(cfg, student, teacher), "mask_ratio": cfg.KD.MGD.MASK_RATIO}
 
     def forward(self, student, teacher, context):
-        pairs = zip(self.connectors, self.generations, self.pairs(student, teacher, context))
+        pairs = zip(self.generations, self.connected_pairs(student, teacher, context))
         return sum(
-            mgd_loss(connector(s), t, generation, mask_ratio=self.mask_ratio, valid=valid)
-            for connector, generation, (s, t, valid) in pairs
+            mgd_loss(s, t, generation, mask_ratio=self.mask_ratio, valid=valid) for generation, (s, t, valid) in pairs
         )

@@ -90,6 +90,5 @@ class PKDLoss(ConnectedLoss):
     name = "pkd"
 
     def forward(self, student, teacher, context):
-        pairs = self.pairs(student, teacher, context)
-        maps = ((c(s), t, valid) for c, (s, t, valid) in zip(self.connectors, pairs))
-        return sum(pkd_loss(s, t, valid=valid, all_ranks=True) for s, t, valid in maps)
+        pairs = self.connected_pairs(student, teacher, context)
+        return sum(pkd_loss(s, t, valid=valid, all_ranks=True) for s, t, valid in pairs)

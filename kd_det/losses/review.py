@@ -135,10 +135,10 @@ class _Fusion(nn.Module):
     position by position.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, mid_channels: int, *, norm: str, deepest: bool):
+    def __init__(self, student_channels: int, teacher_channels: int, mid_channels: int, *, deepest: bool, **connector):
         super().__init__()
-        self.reduce = build_connector(student_channels, mid_channels, norm=norm)
-        self.expand = build_connector(mid_channels, teacher_channels, norm=norm, kernel_size=3)
+        self.reduce = build_connector(student_channels, mid_channels, **connector)
+        self.expand = build_connector(mid_channels, teacher_channels, kernel_size=3, **connector)
         self.attention = None if deepest else Conv2d(2 * mid_channels, 2, kernel_size=1)
 
     def forward(self, x: Tensor, deeper: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class ReviewKDLoss(ConnectedLoss):
     def build(self, student_channels, teacher_channels):
         deepest = len(self.student_taps) - 1
         self.fusions = nn.ModuleList(
-            _Fusion(cs, ct, self.mid_channels, norm=self.connector_norm, deepest=level == deepest)
+            _Fusion(cs, ct, self.mid_channels, deepest=level == deepest, **self.connector_options)
             for level, (cs, ct) in enumerate(zip(student_channels, teacher_channels))
         )
 

@@ -10,12 +10,10 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-import yaml
 from detectron2.config import CfgNode
 
-from kd_det.cli.arguments import argument_parser, load_config, parse_arguments
 from kd_det.errors import UserError
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, loss_class
+from kd_det.study.run_config import holds_config
 
 __all__ = ["Run", "read_metrics", "run_command"]
 
@@ -56,30 +54,25 @@ class Run:
 
     Attributes:
         name: what messages call it.
-        tool: path of tools/train_net.py or one like it.
-        output_dir: its ``OUTPUT_DIR``.
-        arguments: the tool's, without ``OUTPUT_DIR``; they end with KEY VALUE pairs, if any.
+        command: the command of kd_det and its arguments, without ``OUTPUT_DIR``; they end with KEY VALUE pairs, if any.
+        cfg: the config that they describe, with its ``OUTPUT_DIR``.
         inputs: files that it is made from.
         task: of its evaluator, see :func:`read_metrics`.
     """
 
     name: str
-    tool: str
-    output_dir: str
-    arguments: list[str]
+    command: list[str]
+    cfg: CfgNode
     inputs: list[str] = field(default_factory=list)
     task: str = "bbox"
 
     @property
-    def command(self) -> list[str]:
-        return [self.tool, *self.arguments, "OUTPUT_DIR", self.output_dir]
+    def output_dir(self) -> str:
+        return self.cfg.OUTPUT_DIR
 
     @property
     def weights(self) -> str:
         return os.path.join(self.output_dir, "model_final.pth")
-
-    def cfg(self) -> CfgNode:
-        return load_config(parse_arguments(argument_parser(), self.command[1:]))
 
     def metrics(self) -> dict[str, float]:
         return read_metrics(self.output_dir, self.task)
@@ -89,7 +82,7 @@ class Run:
         "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config (but for losses that it
         does not name) that was evaluated after its last step, whose checkpoint is younger than what it was made from.
         """
-        if not self._has_this_config():
+        if not holds_config(self.output_dir, self.cfg):
             return "new"
         is_trained = os.path.isfile(self.weights)
         latest = self.weights if is_trained else os.path.join(self.output_dir, "last_checkpoint")
@@ -113,7 +106,8 @@ class Run:
         Raises:
             UserError: the training failed; it has said why. Or the folder holds files that are no run.
         """
-        state = self.state()
+        state, arguments = self.state(), [*self.command[1:], "OUTPUT_DIR", self.output_dir]
+        command = ["-m", "kd_det", self.command[0]]
         if state == "finished":
             print(f"{self.name}: {self.weights} is there, reused", flush=True)
         elif state == "new":
@@ -123,45 +117,29 @@ class Run:
                     f"another folder."
                 )
             shutil.rmtree(self.output_dir, ignore_errors=True)
-            run_command(self.command, log=log)
+            run_command([*command, *arguments], log=log)
         else:
             print(f"{self.name}: interrupted in {self.output_dir}, resumed", flush=True)
-            run_command([self.tool, "--resume", *self.command[1:]], log=log)
-
-    def _has_this_config(self) -> bool:
-        wanted = _used_keys(yaml.safe_load(self.cfg().dump()))
-        try:
-            with open(os.path.join(self.output_dir, "config.yaml")) as f:
-                return _used_keys(yaml.safe_load(f)) == wanted
-        except (FileNotFoundError, yaml.YAMLError, LookupError, TypeError, ValueError):  # no config of ours
-            return False
-
-
-def _used_keys(config: dict) -> dict:
-    """A dumped config without the weights, taps, ... of losses that it does not name."""
-    if config["MODEL"]["META_ARCHITECTURE"] != "Distiller":
-        return {key: value for key, value in config.items() if key != "KD"}
-    named = {loss_class(name) for name in config["KD"]["LOSSES"]}
-    unused = {cls.name.upper() for _, cls in DISTILLATION_LOSS_REGISTRY if cls not in named}
-    return {**config, "KD": {key: value for key, value in config["KD"].items() if key not in unused}}
+            run_command([*command, "--resume", *arguments], log=log)
 
 
 def run_command(command: list[str], *, log: int | None = None) -> None:
     """
-    Print and run a Python script with its arguments.
+    Print and run a command of Python.
 
     Args:
+        command: what stands behind ``python``, e.g. ["-m", "kd_det", "train", "--config-file", "student.yaml"].
         log: see :meth:`Run.complete`.
 
     Raises:
         UserError: it failed; it has said why.
     """
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    # Ctrl-C reaches the script as well, which saves what it has: wait for that, subprocess.run would kill it.
+    # Ctrl-C reaches the command as well, which saves what it has: wait for that, subprocess.run would kill it.
     interrupt = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         status = subprocess.call([sys.executable, "-W", "ignore", *command], stdout=log)
     finally:
         signal.signal(signal.SIGINT, interrupt)
     if status:
-        raise UserError(f"{command[0]} ended with exit status {status}; run this again to go on from here")
+        raise UserError(f"python {' '.join(command[:3])} ended with exit status {status}; run this again to continue")

@@ -105,8 +105,9 @@ class Teacher:
         self._outputs: Dict[str, Tensor] = {}
         self._maps: Optional[TeacherMaps] = None
         # Hooks that stay, switched by what is pending: attaching them anew would make compiled networks compile anew.
-        student.backbone.register_forward_pre_hook(self._before_student)
-        model.backbone.register_forward_pre_hook(self._enter_backbone)
+        # Before those of the networks themselves, which may resize their images.
+        student.backbone.register_forward_pre_hook(self._before_student, prepend=True)
+        model.backbone.register_forward_pre_hook(self._enter_backbone, prepend=True)
         model.backbone.register_forward_hook(self._leave_backbone)
 
     def __deepcopy__(self, memo):

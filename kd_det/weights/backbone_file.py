@@ -77,7 +77,7 @@ def save_backbone(path: str, weights: Mapping[str, Tensor], metadata: Mapping[st
 
 def check_normalisation(checkpoint: Mapping, cfg: CfgNode) -> None:
     """
-    Compare what a backbone file wants with what a config feeds it.
+    Compare the images that a backbone file was trained on with those that a config feeds it.
 
     Args:
         checkpoint: the content of a file; without "metadata" nothing is known and nothing is checked.

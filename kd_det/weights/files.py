@@ -49,8 +49,9 @@ def find_weights(path: str, *, who: str) -> str:
 
 def read_checkpoint(filename: str) -> dict[str, Any]:
     """
-    Any weight file that Detectron2, torchvision or timm writes, as Detectron2's checkpointer wants it: ``model`` (names
-    to tensors or arrays), and what else a checkpoint holds. Only tensors, NumPy arrays and plain containers are read.
+    Any weight file that Detectron2, torchvision or timm writes, as Detectron2's checkpointer expects it: ``model``
+    (names to tensors or arrays), and what else a checkpoint holds. Only tensors, NumPy arrays and plain containers are
+    read.
 
     Args:
         filename: a local file. The ending tells its format: ".pkl" (Detectron2's and Caffe2's zoos), ".pyth" (pycls),

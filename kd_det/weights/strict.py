@@ -1,4 +1,4 @@
-"""Whether weights fit a model: exactly, or well enough to start its backbone from them; and the message if not."""
+"""Whether weights fit a model: exactly, or well enough to start its backbone from them; and how misfits are worded."""
 
 import logging
 import re

@@ -153,7 +153,7 @@ def test_files_that_are_no_weights(tmp_path, content, suffix):
         ({"name": "mobilenetv2_1000"}, "no timm model. Nearest: mobilenetv2_100"),
         ({"name": "vit_tiny_patch16_224"}, r"maps of stride \[16, 16, 16\], that is the levels \['res4'\]"),
         ({"name": "cait_xxs24_224"}, "does not give feature maps|maps of stride"),
-        ({"name": "resnet10t", "out_features": ["res6"]}, "asks for"),
+        ({"name": "resnet10t", "out_features": ["res6"]}, "OUT_FEATURES names .*res6"),
         ({"name": "resnet10t", "norm": "GN"}, "Unknown MODEL.TIMM.NORM 'GN'. Valid names: BN, SyncBN, FrozenBN"),
         ({"name": "resnet10t", "freeze_at": 6}, "must be 0 to 5, found 6"),
         ({"name": "resnet10t", "options": {"no_such": 1}}, "does not give feature maps with .*no_such"),

@@ -69,15 +69,23 @@ def test_input_size_is_that_of_the_backbone_alone_too():
     assert torch.equal(found, plain.backbone(resized)["res5"])
 
 
-@pytest.mark.parametrize("loss", ["HintLoss", "AttentionTransferLoss"])
-def test_maps_of_resized_images_are_compared_everywhere(tmp_path, loss):
-    """D30: of a student larger than its crop, all positions hold image, not a corner."""
-    model = build_model(distilled_cfg(tmp_path, loss, CLASSIFICATION__INPUT_SIZE=64)).train()
+@pytest.mark.parametrize("resizes", ["student", "teacher"])
+def test_maps_of_resized_images_are_compared_everywhere(tmp_path, resizes):
+    """D30: where a network enlarges its crops, its maps hold image everywhere, not in a corner."""
+    size = {"CLASSIFICATION__INPUT_SIZE": 64}
+    teacher = classifier_cfg(depth=50, width=8, **(size if resizes == "teacher" else {}))
+    student = size if resizes == "student" else {}
+    model = build_model(distilled_cfg(tmp_path, "HintLoss", teacher=teacher, **student)).train()
     seen = []
     (module,) = model.losses.values()
-    module.register_forward_pre_hook(lambda _, args: seen.extend(args[2].valid(m) for m in args[0]))
+    module.register_forward_pre_hook(lambda _, args: seen.append(args))
     model(images())
-    assert seen and all(mask is None or mask.all() for mask in seen)
+    ((own, theirs, context),) = seen
+    sides = {"student": own[0], "teacher": theirs[0]}  # res4, of stride 16
+    assert [sides.pop(resizes).shape[-1], *(m.shape[-1] for m in sides.values())] == [4, 2]
+    assert all(mask is None or mask.all() for mask in map(context.valid, own))
+    inputs = model.teacher.preprocess_image(images()).tensor
+    torch.testing.assert_close(theirs[0], model.teacher.backbone(inputs)["res4"])
 
 
 def test_a_label_out_of_range_names_the_image():

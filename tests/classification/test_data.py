@@ -12,10 +12,12 @@ from kd_det.classification.data import (
     register_configured,
     register_image_folder,
 )
-from kd_det.classification.loader import MixedBatches, build_test_loader, build_train_loader
+from kd_det.classification.loader import MixingLoader, build_test_loader, build_train_loader
 from kd_det.classification.mapper import build_mapper, build_transform
+from kd_det.classification.trainer import ClassificationTrainer
 from kd_det.data import DatasetError
-from tests.classification.tiny_classifier import classifier_cfg, write_folder
+from tests.classification.tiny_classifier import classifier_cfg, set_options, write_folder
+from tests.tiny_run import train
 
 
 @pytest.fixture
@@ -170,18 +172,30 @@ def test_evaluation_leaves_corrupt_images_out(folder, tmp_path):
     assert len(files) == len(set(files)) == 11
 
 
-def test_persistent_workers_serve_all_evaluations(folder):
-    cfg = classifier_cfg(DATALOADER__NUM_WORKERS=1, CLASSIFICATION__PREFETCH_FACTOR=3)
+def test_persistent_workers_serve_all_evaluations(folder, tmp_path):
+    options = {"DATASETS__TRAIN": (folder,), "DATASETS__TEST": (folder,), "OUTPUT_DIR": str(tmp_path / "out")}
+    cfg = classifier_cfg(DATALOADER__NUM_WORKERS=1, CLASSIFICATION__PREFETCH_FACTOR=3, **options)
     loader = build_test_loader(cfg, folder)
     assert (loader.prefetch_factor, loader.persistent_workers) == (3, True)
-    assert build_test_loader(cfg, folder) is loader
     cfg.CLASSIFICATION.PERSISTENT_WORKERS = False
-    assert build_test_loader(cfg, folder) is not loader
+    assert not build_test_loader(cfg, folder).persistent_workers
+    built = []
+
+    class Counting(ClassificationTrainer):
+        @classmethod
+        def build_test_loader(cls, cfg, dataset_name):
+            built.append(dataset_name)
+            return super().build_test_loader(cfg, dataset_name)
+
+    cfg.DATALOADER.NUM_WORKERS = 0
+    set_options(cfg, {"SOLVER__MAX_ITER": 3, "TEST__EVAL_PERIOD": 1})
+    train(cfg, trainer_class=Counting)
+    assert built == [folder]
 
 
 def mixed(cfg, start=0):
     loader = build_train_loader(cfg)
-    assert isinstance(loader, MixedBatches)
+    assert isinstance(loader, MixingLoader)
     loader.load_state_dict({"seed": 5})
     loader.start_at(start)
     return iter(loader)

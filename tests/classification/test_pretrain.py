@@ -100,9 +100,12 @@ def test_the_exported_backbone_is_the_detectors(tmp_path, folder, norm):
 
 
 def test_it_learns_and_evaluates_what_it_exports(tmp_path, folder):
-    cfg = run_cfg(tmp_path, folder, SOLVER__MAX_ITER=40, SOLVER__CHECKPOINT_PERIOD=100, CLASSIFICATION__AUG__MIXUP=0.0)
+    # All twelve images a step, as they are: any processor learns them.
+    options = {"MIXUP": 0.0, "COLOR_JITTER": (0.0,) * 4, "SCALE": (1.0, 1.0)}
+    options = {f"CLASSIFICATION__AUG__{key}": value for key, value in options.items()}
+    cfg = run_cfg(tmp_path, folder, SOLVER__MAX_ITER=40, SOLVER__IMS_PER_BATCH=12, **options)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 100
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
-    cfg.CLASSIFICATION.AUG.SCALE = (0.5, 1.0)
     trainer = train(cfg, trainer_class=ClassificationTrainer)
     top1 = trainer._last_eval_results["classification"]["top1"]
     assert top1 > 70

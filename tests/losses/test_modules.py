@@ -84,7 +84,7 @@ class TestAreTheirFunctions:
     def test_soft_target_at_a_tap(self, context):
         student, teacher = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
         loss = SoftTargetLoss(student_taps=["head.cls_score"], temperature=3.0)
-        expected = soft_target_loss(student, teacher, temperature=3.0)
+        expected = soft_target_loss(student, teacher, temperature=3.0, valid=context.valid(student))
         assert not loss.needs_regions and loss([student], [teacher], context).item() == expected.item()
 
     @pytest.mark.parametrize("cls, function", [(PKDLoss, pkd_loss), (CWDLoss, cwd_loss)])

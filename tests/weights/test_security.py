@@ -5,8 +5,10 @@ import copy
 import os
 import pickle
 import pickletools
+import shutil
 import subprocess
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from kd_det import build_teacher
+from kd_det.compat import model_zoo
 from kd_det.config_file import merge_config_file
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.strict import load_strictly
@@ -129,16 +132,18 @@ def test_a_config_that_would_run_code_is_refused(tmp_path, text, as_base):
     assert not marker.exists()
 
 
-def test_detectron2s_own_expressions_are_read(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        "MODEL:\n  ANCHOR_GENERATOR:\n"
-        '    SIZES: !!python/object/apply:eval ["[[x, x * 2**(1.0/3)] for x in [32, 64]]"]\n'
-        'INPUT:\n  MIN_SIZE_TRAIN: !!python/object/apply:eval ["[int(x * 0.1 * 640) for x in range(5, 7)]"]\n'
-    )
-    cfg = get_cfg()
-    merge_config_file(cfg, str(tmp_path / "a.yaml"))
-    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[32, 32 * 2 ** (1 / 3)], [64, 64 * 2 ** (1 / 3)]]
-    assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [320, 384]
+def test_expressions_are_read_in_the_model_zoos_own_files_and_copies_of_them(tmp_path):
+    zoo = Path(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    shutil.copy(zoo.parents[1] / "Base-RetinaNet.yaml", tmp_path)
+    for base in (zoo, "Base-RetinaNet.yaml"):
+        (tmp_path / "mine.yaml").write_text(f"_BASE_: {base}\nSEED: 3")
+        cfg = get_cfg()
+        merge_config_file(cfg, str(tmp_path / "mine.yaml"))
+        assert cfg.SEED == 3 and cfg.MODEL.ANCHOR_GENERATOR.SIZES[0] == [32, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)]
+    with open(tmp_path / "Base-RetinaNet.yaml", "a") as file:
+        file.write("# not the zoo's any more\n")
+    with pytest.raises(ValueError, match="Base-RetinaNet.yaml is refused"):
+        merge_config_file(get_cfg(), str(tmp_path / "mine.yaml"))
 
 
 def test_absurd_sizes_fail_cleanly(tmp_path):

@@ -1,0 +1,74 @@
+"""
+What is wrong with a run, found before anything is written and before any image is trained on.
+
+A check is a function of a :class:`PlannedRun` that raises ``UserError`` with one line. To add one, write it in the
+module of its subject and name it in the list below.
+"""
+
+import argparse
+import os
+
+from detectron2.config import CfgNode
+
+from kd_det.classification.trainer import is_classifier
+from kd_det.cli.checks import classes, classification, data, evaluation, model, output_dir, solver
+from kd_det.cli.checks.planned_run import PlannedRun
+from kd_det.engine.stopping import restartable
+
+__all__ = ["PlannedRun", "check_run"]
+
+# In this order: the cheap ones first.
+CHECKS = (
+    output_dir.check_output_dir,
+    solver.check_solver,
+    solver.check_processes,
+    evaluation.check_there_is_something_to_evaluate,
+    model.check_model,
+    model.check_norms,
+    model.check_weights,
+)
+DETECTOR_CHECKS = (
+    data.check_input,
+    data.check_datasets,
+    data.check_boxes_to_train_on,
+    classes.check_class_lists,
+    classes.check_teacher_classes,
+    evaluation.check_evaluators,
+    evaluation.check_keypoints,
+    evaluation.check_test_time_augmentation,
+)
+CLASSIFIER_CHECKS = (
+    classification.check_input,
+    classification.check_folders,
+)
+
+
+@restartable()
+def check_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """
+    Check everything that can be known before training: solver values, the output folder, the networks with their
+    taps, losses and teacher's weights (they are built once, on the CPU), the initial weights, the data sets.
+
+    With ``--teacher`` and without ``--losses``, the losses and levels are chosen here, where both networks are built,
+    and appended to ``args.opts`` for the processes that train. What deserves a warning is left in ``args.warnings``.
+    Under torchrun, only the first process of each machine checks.
+
+    Args:
+        cfg: the config of the run.
+        args: its command line, see :func:`kd_det.cli.argument_parser`.
+
+    Returns:
+        The config, complete.
+
+    Raises:
+        ValueError, OSError: with one line for the user.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return cfg
+    run = PlannedRun(cfg, args)
+    for check in CHECKS:
+        check(run)
+    for check in CLASSIFIER_CHECKS if is_classifier(cfg) else DETECTOR_CHECKS:
+        check(run)
+    args.warnings = run.warnings
+    return run.cfg

@@ -1,0 +1,41 @@
+"""The console script ``kd-det``, also ``python -m kd_det``: one command for each thing to do."""
+
+import importlib
+import sys
+
+from kd_det.errors import unknown_name
+
+__all__ = ["COMMANDS", "main"]
+
+# Each is the function main of a module in kd_det.cli, imported when it is called.
+COMMANDS = {
+    "train": "train a detector with or without a teacher, or evaluate it",
+    "lazy-train": "the same from a LazyConfig (.py)",
+    "pretrain": "pretrain a backbone by image classification; compare configs over seeds",
+    "taps": "list the places of the networks that losses can read",
+    "weights": "measure the losses on a few batches, and propose weights",
+    "export": "write a trained student as a folder for plain Detectron2",
+    "convert-backbone": "turn weights of torchvision or timm into a file for Detectron2's backbones",
+    "digits": "make the small data set of the quickstart",
+    "quickstart": "teacher, student alone and distilled student on that data set, compared",
+}
+
+_HELP = """\
+usage: kd-det COMMAND ...
+
+Knowledge distillation for Detectron2.
+
+{commands}
+
+kd-det COMMAND --help tells more."""
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(_HELP.format(commands="\n".join(f"  {command:18}{line}" for command, line in COMMANDS.items())))
+        return
+    if name not in COMMANDS:
+        sys.exit(f"error: {unknown_name('command', name, COMMANDS)}")
+    sys.argv = [f"kd-det {name}", *sys.argv[2:]]
+    importlib.import_module(f"kd_det.cli.{name.replace('-', '_')}").main()

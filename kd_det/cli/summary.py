@@ -1,0 +1,34 @@
+"""What a run distils, in one table for the log."""
+
+from tabulate import tabulate
+from torch import nn
+
+from kd_det.distiller import Distiller
+from kd_det.features.taps import tap_shape
+from kd_det.losses import DistillationLoss
+
+__all__ = ["distillation_summary"]
+
+
+def distillation_summary(model: Distiller) -> str:
+    """The losses with their weights, schedules and pairs of taps: name, channels and, of a level, its stride."""
+    rows = []
+    for name, loss in model.losses.items():
+        pairs = zip(loss.student_taps, loss.teacher_taps)
+        taps = [f"{_place(model.student, s)} <- {_place(model.teacher, t)}" for s, t in pairs]
+        rows.append((name, f"{loss.weight:g}", _schedule(loss), "\n".join(taps) or "regions or logits"))
+    return tabulate(rows, headers=("loss", "weight", "schedule", "student <- teacher"), tablefmt="simple")
+
+
+def _place(network: nn.Module, tap: str) -> str:
+    try:
+        shape = tap_shape(network, tap)
+    except ValueError:  # a module that declares no channels
+        return tap
+    return f"{tap} ({shape.channels} channels{f', stride {shape.stride}' if shape.stride else ''})"
+
+
+def _schedule(loss: DistillationLoss) -> str:
+    parts = [f"warm-up {loss.warmup_iters}"] if loss.warmup_iters else []
+    parts += [f"until {loss.stop_iter}"] if loss.stop_iter >= 0 else []
+    return ", ".join(parts) or "constant"

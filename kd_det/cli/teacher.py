@@ -1,0 +1,94 @@
+"""From the config of any detector to that of a distillation run: ``--teacher`` and ``--losses``."""
+
+import argparse
+import re
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from kd_det.config_file import merge_options
+from kd_det.errors import UserError
+from kd_det.losses import loss_class
+from kd_det.random_state import preserved_random_state
+from kd_det.student import build_student
+from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
+
+__all__ = ["add_teacher", "choose_losses", "losses_to_choose", "name_teacher"]
+
+# Stands in KD.LOSSES until choose_losses has seen both networks; no loss has this name.
+UNDECIDED = ("chosen with the networks",)
+
+
+def name_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -> None:
+    """Turn any detector's config into one of distillation, in place. Nothing is built; losses None: undecided."""
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        cfg.KD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.KD.TEACHER.CONFIG_FILE = teacher
+    cfg.KD.TEACHER.WEIGHTS = weights
+    cfg.KD.LOSSES = UNDECIDED if losses is None else tuple(losses)
+
+
+def losses_to_choose(args: argparse.Namespace) -> bool:
+    """Whether the command line leaves losses or levels to :func:`choose_losses`."""
+    return bool(args.teacher) and not args.eval_only
+
+
+def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=()) -> list:
+    """
+    What ``--teacher`` implies where the networks are known: the default losses, ``NST`` and, if both networks have ROI
+    heads, ``SoftTarget``; and taps on pyramid levels restricted to the levels that both backbones have.
+
+    Args:
+        cfg: the config that :func:`name_teacher` made.
+        student, teacher: its networks.
+        opts: KEY VALUE pairs of the user; these keys are left alone.
+
+    Returns:
+        KEY, VALUE, KEY, VALUE, ... that complete the config.
+
+    Raises:
+        ValueError: an unknown loss, or no level in common.
+    """
+    ret, losses = [], tuple(cfg.KD.LOSSES)
+    if losses == UNDECIDED:
+        with_regions = all(getattr(network, "roi_heads", None) is not None for network in (student, teacher))
+        losses = ("NST", "SoftTarget") if with_regions else ("NST",)
+        ret += ["KD.LOSSES", str(losses)]
+    shapes = [network.backbone.output_shape() for network in (student, teacher)]
+    shared = [level for level in shapes[0] if level in shapes[1]]
+    for name in (loss_class(loss).name.upper() for loss in losses):
+        taps, key = cfg.KD.get(name, {}).get("STUDENT_TAPS"), f"KD.{name}.STUDENT_TAPS"
+        are_levels = taps and all(isinstance(tap, str) and re.fullmatch(r"p\d+", tap) for tap in taps)
+        if not are_levels or set(taps) <= set(shared) or key in opts[::2]:
+            continue
+        if not shared:
+            raise UserError(
+                f"The backbones have no level in common: the student's are {', '.join(shapes[0])}, the teacher's "
+                f"{', '.join(shapes[1])}. Pair them by STUDENT_TAPS and TEACHER_TAPS of KD.{name}."
+            )
+        ret += [key, str(tuple(level for level in taps if level in shared) or tuple(shared))]
+    return ret
+
+
+def add_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -> None:
+    """
+    Turn the config of any detector into one that distils a teacher into it, in place. Both networks are built, without
+    weights, to choose losses and levels, see :func:`choose_losses`.
+
+    Args:
+        cfg: a config with the KD node; a plain one's meta-architecture becomes the student's.
+        teacher: config file or model-zoo name.
+        weights: the teacher's weights; empty: the zoo entry's checkpoint, or the config's.
+        losses: names of losses; None: the default.
+
+    Raises:
+        ValueError: an unknown teacher, meta-architecture or loss, or no level in common.
+    """
+    name_teacher(cfg, teacher, weights=weights, losses=losses)
+    on_cpu = cfg.clone()
+    on_cpu.MODEL.DEVICE = "cpu"
+    on_cpu.MODEL.TIMM.WEIGHTS = ""  # only the levels matter
+    with preserved_random_state():
+        networks = build_student(on_cpu), build_teacher_architecture(get_teacher_cfg(on_cpu))
+    merge_options(cfg, choose_losses(cfg, *networks), where="--teacher")

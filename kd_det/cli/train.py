@@ -1,0 +1,72 @@
+"""
+Train a detector with or without a teacher, or evaluate it: Detectron2's tools/train_net.py for configs with KD keys.
+
+    kd-det train --config-file configs/Quickstart/student_R_18_FPN.yaml
+    kd-det train --config-file any_student.yaml --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml
+    kd-det train --config-file mine.yaml --import my_data.py --num-gpus 8
+    kd-det train --config-file mine.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+from collections.abc import Callable
+
+from detectron2.engine import default_setup, hooks
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from kd_det.classification.trainer import check_trainer
+from kd_det.cli.arguments import argument_parser, load_config, parse_arguments
+from kd_det.cli.checks import check_run
+from kd_det.cli.checks.output_dir import remove_earlier_run
+from kd_det.cli.launch import launch
+from kd_det.cli.run_tool import run_tool
+from kd_det.cli.summary import distillation_summary
+from kd_det.engine import Trainer, evaluate
+from kd_det.engine.evaluation import test_with_augmentation
+from kd_det.study.run_config import used_config
+
+__all__ = ["check_and_launch", "main", "train_or_evaluate"]
+
+
+def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
+    """What every process of a run does: train, or with ``--eval-only`` evaluate; returns the results."""
+    if comm.get_world_size() > 1:  # under torchrun, only the first process has checked and completed the options
+        args.opts, args.warnings = comm.all_gather((args.opts, args.warnings))[0]
+    cfg = load_config(args)
+    remove_earlier_run(cfg.OUTPUT_DIR, args)
+    default_setup(used_config(cfg), args)
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
+    for warning in args.warnings:
+        logger.warning(warning)
+    if args.eval_only:
+        results = evaluate(cfg, trainer_class, resume=args.resume)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = trainer_class(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    model = getattr(trainer.model, "module", trainer.model)
+    if cfg.TEST.AUG.ENABLED:
+        student = getattr(model, "student", model)
+        trainer.register_hooks([hooks.EvalHook(0, lambda: test_with_augmentation(cfg, student, trainer_class))])
+    if getattr(model, "losses", None):
+        logger.info(f"Distillation:\n{distillation_summary(model)}")
+    return trainer.train()
+
+
+def check_and_launch(args: argparse.Namespace, process: Callable, trainer_class: type[Trainer]) -> None:
+    """Check a run, and call ``process(args)`` in every process of it."""
+    cfg = load_config(args)
+    check_trainer(cfg, trainer_class)
+    cfg = check_run(cfg, args)
+    launch(process, args, output_dir=cfg.OUTPUT_DIR, device=cfg.MODEL.DEVICE)
+
+
+def _process(args: argparse.Namespace):
+    return train_or_evaluate(args, Trainer)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argument_parser(__doc__), argv)
+    run_tool(check_and_launch, args, _process, Trainer)

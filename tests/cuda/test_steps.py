@@ -1,0 +1,182 @@
+"""Training steps of tiny detectors on a GPU: every loss on and off, every architecture, every way to run a network."""
+
+import gc
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from torch.utils.checkpoint import checkpoint
+
+from kd_det import Distiller, student_cfg
+from kd_det.losses import NSTLoss, PKDLoss, loss_class
+from tests.classification.tiny_classifier import distilled_cfg, images
+from tests.cuda.tiny_cuda import (
+    DETECTOR_LOSSES,
+    DETECTORS,
+    MAP_LOSSES,
+    assert_fine,
+    batch_with_an_empty_image,
+    batch_with_masks,
+    build,
+    detector_cfg,
+    distillation_losses,
+    faster_cfg,
+    losses_of,
+    train,
+)
+from tests.tiny import batch, tiny_cfg
+from tests.tiny_run import ALL_LOSSES
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.mark.parametrize("name", DETECTOR_LOSSES)
+def test_a_loss_warms_up_is_on_and_stops(tmp_path, device, name):
+    key = f"loss_{loss_class(name).name}"
+    model = build(faster_cfg(tmp_path, device, name, "SoftTarget" if "NST" in name else "NST"))
+    loss = model.losses[loss_class(name).name]
+    loss.warmup_iters, loss.stop_iter = 2, 3
+    history = train(model, 5)
+    assert_fine(history, device)
+    assert [bool(losses[key] != 0) for losses in history] == [True, True, True, False, False]
+
+
+def test_all_losses_stop_together(tmp_path, device):
+    history = train(build(faster_cfg(tmp_path, device, *DETECTOR_LOSSES, KD__STOP_ITER=1)), 2)
+    assert_fine(history, device)
+
+
+def test_no_loss_and_weights_of_0_are_plain_training(tmp_path, device):
+    """D2's neighbour: what is off is bit-identical; on a GPU up to the order in which kernels add."""
+    off = {f"KD__{loss_class(name).name.upper()}__WEIGHT": 0.0 for name in ALL_LOSSES}
+    off_cfg = faster_cfg(tmp_path, device, *ALL_LOSSES, **off)
+    expected = losses_of(build(student_cfg(off_cfg)))
+    for cfg in (off_cfg, faster_cfg(tmp_path, device)):
+        found = losses_of(build(cfg))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_every_detector(tmp_path, device, detector, amp):
+    if device == "cpu" and amp == torch.float16:
+        pytest.skip("float16 is for GPUs")
+    losses = ("NST", "PKD", "FGD") if detector == "RetinaNet" else ("NST", "SoftTarget", "DKD", "BoundedRegression")
+    model = build(detector_cfg(tmp_path, detector, device, *losses))
+    for inputs in (batch_with_masks() if detector == "Mask R-CNN" else batch(), batch(((64, 64), (64, 64)))):
+        if detector == "Mask R-CNN" and not inputs[0]["instances"].has("gt_masks"):
+            continue
+        assert_fine(train(model, 2, inputs, amp=amp), device)
+    if detector != "Mask R-CNN":
+        assert_fine(train(model, 1, batch_with_an_empty_image(), amp=amp), device)
+    with torch.no_grad():
+        assert len(model.eval()(batch())) == 2
+
+
+def fcos(**opts) -> FCOS:
+    """Detectron2 configures it by lazy configs only."""
+    backbone = build_model(tiny_cfg(**opts)).backbone
+    levels = ("p3", "p4", "p5", "p6")
+    head = FCOSHead(input_shape=[backbone.output_shape()[level] for level in levels], num_classes=3, conv_dims=[8])
+    pixels = {"pixel_mean": (103.5, 116.3, 123.7), "pixel_std": (57.4, 57.1, 58.4)}
+    ret = FCOS(backbone=backbone, head=head, head_in_features=levels, num_classes=3, **pixels)
+    ret.input_format = "BGR"
+    return ret
+
+
+def test_fcos(device):
+    """In float32: under autocast, fvcore's giou_loss mixes types."""
+    teacher, student = fcos(depth=50, width=8), fcos()
+    channels = {"student_channels": [8], "teacher_channels": [8]}
+    losses = [NSTLoss(student_taps=["p3", "p4"]), PKDLoss(student_taps=["p3"], **channels)]
+    model = Distiller(student=student, teacher=teacher, losses=losses).to(device).train()
+    assert_fine(train(model, 2), device)
+
+
+def test_map_losses_of_a_step_are_the_cpus(tmp_path, device):
+    found, expected = (distillation_losses(build(faster_cfg(tmp_path, d, *MAP_LOSSES))) for d in (device, "cpu"))
+    assert len(expected) == len(MAP_LOSSES)
+    for key, value in expected.items():
+        assert found[key].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-6), key
+
+
+def gradients(model) -> dict:
+    sum(distillation_losses(model).values()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("how", ["activation checkpointing", "channels_last"])
+def test_other_ways_to_run_the_student_give_the_same(tmp_path, device, how):
+    if (device, how) == ("cpu", "channels_last"):
+        pytest.skip("a plain student's backward crashes in PyTorch 2.14")
+    cfg = faster_cfg(tmp_path, device, *MAP_LOSSES)
+    expected = gradients(build(cfg))
+    model = build(cfg)
+    if how == "channels_last":
+        model.student.to(memory_format=torch.channels_last)
+    else:
+        for block in (block for stage in model.student.backbone.bottom_up.stages for block in stage):
+            block.forward = _checkpointed(block.forward)
+    found = gradients(model)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-3 * largest, msg=lambda m, n=name: n + m)
+
+
+def _checkpointed(forward):
+    return lambda x: checkpoint(forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_teacher_in_half_precision_teaches_the_same(tmp_path, device, dtype):
+    cfg = faster_cfg(tmp_path, device, *MAP_LOSSES, "SoftTarget")
+    if "DTYPE" not in cfg.KD.TEACHER:
+        pytest.skip("KD.TEACHER.DTYPE is not there yet")
+    if device == "cpu" and dtype == "float16":
+        pytest.skip("float16 is for GPUs")
+    expected = distillation_losses(build(cfg))
+    cfg.KD.TEACHER.DTYPE = dtype
+    model = build(cfg)
+    found = distillation_losses(model)
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32
+        assert found[key].item() == pytest.approx(value.item(), rel=0.1, abs=1e-3), key
+    assert_fine(train(model, 2), device)
+    assert_fine(train(model, 2, amp=getattr(torch, dtype)), device)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_compiled_backbone_gives_the_same(tmp_path, device, which):
+    cfg = faster_cfg(tmp_path, device, *MAP_LOSSES, "SoftTarget")
+    expected = gradients(build(cfg))
+    torch._dynamo.reset()
+    model = build(cfg)
+    getattr(model, which).backbone.compile(backend="inductor" if device == "cuda" else "eager")
+    found = gradients(model)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=2e-3 * largest, msg=lambda m, n=name: n + m)
+    assert_fine(train(model, 2), device)
+
+
+@pytest.mark.parametrize("losses", [("NST", "AttentionTransfer", "SoftTarget"), ("GradientAttention",)])
+def test_the_classification_stage(tmp_path, device, losses):
+    model = build(distilled_cfg(tmp_path, *losses, MODEL__DEVICE=device))
+    assert_fine(train(model, 2, images()), device)
+    if device == "cuda" and losses != ("GradientAttention",):  # whose second derivative stays in float32
+        assert_fine(train(model, 2, images(), amp=torch.float16), device)
+
+
+def test_memory_is_flat(tmp_path, gpu):
+    model = build(faster_cfg(tmp_path, gpu, *ALL_LOSSES))
+    used = []
+    for _ in range(6):
+        train(model, 10)
+        model.zero_grad()
+        gc.collect()
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert used[1] == used[-1], used

@@ -1,0 +1,147 @@
+"""Training steps on a pretend accelerator: devices do not mix, and the host seldom waits for the device."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+
+from kd_det import DISTILLATION_LOSS_REGISTRY, student_cfg
+from tests.pretend_accelerator import Accelerator, place
+from tests.tiny import batch, distillation_cfg, tiny_cfg, tiny_retinanet_cfg
+
+FOUNDING = ("NST", "AttentionTransfer", "Overhaul", "Similarity", "Hint", "SoftTarget")
+LOSSES = [name for name, _ in DISTILLATION_LOSS_REGISTRY if name not in ("GradientAttentionLoss", "MeanLoss")]
+CASCADE = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True}
+# The most that distillation may add to a step. Waits: one for the image sizes, and those of Detectron2's pooler on the
+# teacher's regions (one a level and one).
+MOST_WAITS, MOST_WAITS_OF_SIX = 6, 12
+MOST_KERNELS, MOST_KERNELS_OF_SIX = 300, 700
+
+
+def empty(inputs):
+    for x in inputs:
+        x["instances"] = x["instances"][:0]
+    return inputs
+
+
+def step(model, inputs, iterations: int = 1):
+    """The losses of the last step with their backward, on the device."""
+    with Accelerator() as accelerator, EventStorage() as storage:
+        place(model)
+        if getattr(model, "teacher", None) is not None:
+            place(model.teacher)
+        for _ in range(iterations):
+            model.zero_grad()
+            accelerator.reset()
+            losses = model(inputs)
+            sum(losses.values()).backward()
+            storage.step()
+    assert all(torch.isfinite(loss.cpu_values) for loss in losses.values())
+    return losses, accelerator
+
+
+def added(tmp_path, losses, inputs, **opts):
+    """Waits and kernels that distillation adds to a step of the same student."""
+    # Margins are calibrated in the first step, the second is like all that follow.
+    cfg = distillation_cfg(tmp_path, *losses, KD__OVERHAUL__CALIBRATION_IMAGES=1, **opts)
+    steps = []
+    for config in (cfg, student_cfg(cfg)):
+        torch.manual_seed(0)
+        model = build_model(config).train()
+        steps.append(step(model, inputs(), iterations=2)[1])
+    distilled, plain = steps
+    extra = sum(distilled.waits.values()) - sum(plain.waits.values())
+    return extra, distilled.kernels - plain.kernels, distilled.waits - plain.waits
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_one_loss_adds(tmp_path, name):
+    waits, kernels, where = added(tmp_path, [name], batch)
+    assert waits <= MOST_WAITS, where
+    assert kernels <= MOST_KERNELS + 40 * (name in ("NSTLoss", "AttentionTransferLoss", "PKDLoss")), kernels
+
+
+def test_what_the_founding_losses_add(tmp_path):
+    waits, kernels, where = added(tmp_path, FOUNDING, batch)
+    assert waits <= MOST_WAITS_OF_SIX, where
+    assert kernels <= MOST_KERNELS_OF_SIX
+
+
+def test_waits_do_not_grow_with_images_or_levels(tmp_path):
+    many = ((64, 96), (48, 64), (64, 64), (32, 96), (48, 48))
+    for losses in (FOUNDING, ("PKD", "FGD", "ReviewKD", "DKD", "BoundedRegression")):
+        waits, _, where = added(tmp_path, losses, lambda: batch(many))
+        assert waits <= MOST_WAITS_OF_SIX, where
+    taps = ["p3", "p4"]
+    few, more = (
+        added(tmp_path, ["NST"], batch, KD__NST__STUDENT_TAPS=levels)[0] for levels in (taps, ["p2", *taps, "p5", "p6"])
+    )
+    assert few == more == 1
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        {"KD__WARMUP_ITERS": 10},
+        {"KD__NST__STOP_ITER": 0},  # D2: beside another loss
+        {"KD__STOP_ITER": 1},  # D2: all of them
+        {"KD__HINT__STOP_ITER": 1, "KD__NST__WARMUP_ITERS": 3},
+        {"KD__NST__WEIGHT": 0.0},
+    ],
+    ids=str,
+)
+def test_schedules(tmp_path, opts):
+    model = build_model(distillation_cfg(tmp_path, "NST", "SoftTarget", "Hint", **opts)).train()
+    losses, _ = step(model, batch(), iterations=3)
+    assert {"loss_soft_target", "loss_hint", "loss_cls"} <= set(losses)
+
+
+@pytest.mark.parametrize(
+    "inputs", [lambda: batch(((64, 96), (64, 96))), lambda: empty(batch())], ids=["whole", "empty"]
+)
+def test_images_without_padding_and_without_objects(tmp_path, inputs):
+    names = [name for name in LOSSES if name != "SimilarityLoss"]
+    step(build_model(distillation_cfg(tmp_path, *names)).train(), inputs(), iterations=2)
+
+
+def with_masks(inputs):
+    from detectron2.structures import BitMasks
+
+    for x in inputs:
+        x["instances"].gt_masks = BitMasks(torch.ones(len(x["instances"]), *x["image"].shape[-2:], dtype=torch.bool))
+    return inputs
+
+
+MASK = {"MODEL__MASK_ON": True, "MODEL__ROI_MASK_HEAD__NUM_CONV": 1, "MODEL__ROI_MASK_HEAD__CONV_DIM": 4}
+MASK["MODEL__ROI_MASK_HEAD__NAME"] = "MaskRCNNConvUpsampleHead"
+
+
+@pytest.mark.parametrize(
+    "teacher, opts, losses, inputs",
+    [
+        ({}, CASCADE, ("SoftTarget", "BoundedRegression", "DKD", "NST"), batch),
+        (CASCADE, CASCADE, ("SoftTarget", "Similarity"), batch),
+        (MASK, MASK, ("SoftTarget", "FGD", "MGD"), lambda: with_masks(batch())),
+    ],
+    ids=["cascade of standard", "cascade of cascade", "mask"],
+)
+def test_other_heads(tmp_path, teacher, opts, losses, inputs):
+    teacher = tiny_cfg(depth=50, width=8, **teacher)
+    step(build_model(distillation_cfg(tmp_path, *losses, teacher=teacher, **opts)).train(), inputs())
+
+
+def test_retinanet_with_taps_in_the_head(tmp_path):
+    taps = {"KD__SOFT_TARGET__STUDENT_TAPS": ["head.cls_score"], "KD__NST__STUDENT_TAPS": ["p3", "p7"]}
+    cfg = distillation_cfg(tmp_path, "NST", "SoftTarget", teacher=tiny_retinanet_cfg(depth=50, width=8), **taps)
+    retinanet = tiny_retinanet_cfg()
+    cfg.KD.STUDENT.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RETINANET = retinanet.MODEL.BACKBONE.NAME, retinanet.MODEL.RETINANET
+    step(build_model(cfg).train(), batch())
+
+
+def test_a_box_on_the_host_is_no_mix_of_devices(tmp_path):
+    inputs = batch()
+    assert isinstance(inputs[0]["instances"].gt_boxes, Boxes)
+    model = build_model(distillation_cfg(tmp_path, "FGD", "DKD")).train()
+    step(model, inputs)
