@@ -29,6 +29,6 @@ def _place(network: nn.Module, tap: str) -> str:
 
 
 def _schedule(loss: DistillationLoss) -> str:
-    parts = [f"warm-up {loss.warmup_iters}"] if loss.warmup_iters else []
-    parts += [f"until {loss.stop_iter}"] if loss.stop_iter >= 0 else []
+    parts = [f"warm-up {loss.schedule.warmup_iters}"] if loss.schedule.warmup_iters else []
+    parts += [f"until {loss.schedule.stop_iter}"] if loss.schedule.stop_iter >= 0 else []
     return ", ".join(parts) or "constant"
