@@ -49,9 +49,7 @@ def _export_lazy(args: argparse.Namespace) -> None:
     LazyConfig.save(OmegaConf.create({"model": config}), os.path.join(args.output, "config.yaml"))
     torch.save({"model": model.state_dict()}, os.path.join(args.output, "model.pth"))
     print(f"{args.output}: config.yaml, model.pth; {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(
-        "  load with instantiate(LazyConfig.load('config.yaml').model) and DetectionCheckpointer(model).load('model.pth')"
-    )
+    print("  load: instantiate(LazyConfig.load('config.yaml').model), its weights by DetectionCheckpointer")
 
 
 def get_parser() -> argparse.ArgumentParser:
