@@ -238,7 +238,7 @@ class OverhaulLoss(ConnectedLoss):
                 closed form of :func:`margin_from_norm`.
             calibration_images: see ``margin``.
             connector_norm: a norm of Detectron2: "BN", as in the paper, "SyncBN", ...
-            reduction: see :func:`overhaul_loss`.
+            reduction: see :func:`overhaul_loss`; "sum" is over the images of all ranks.
             kwargs: see :class:`ConnectedLoss`.
         """
         super().__init__(connector_norm=connector_norm, **kwargs)
@@ -327,7 +327,8 @@ class OverhaulLoss(ConnectedLoss):
                 self.connectors[level](s), t, self.margins[level].value, reduction=self.reduction, valid=valid
             )
             total = total + term * 2.0 ** (level + 1 - len(self.connectors))
-        return total
+        # DDP averages over ranks: a sum over the images of all ranks is as many times a rank's own.
+        return total * comm.get_world_size() if self.reduction == "sum" else total
 
 
 def _norm_behind(teacher: nn.Module, tap: str) -> tuple[Tensor, Tensor]:
