@@ -20,8 +20,8 @@ __all__ = ["SquaredResidual", "blocks", "squared_error", "weighted_sum"]
 # About 2 MB of float32, so that a block, its source and its scratch stay in a CPU's cache.
 _BLOCK_ELEMENTS = 9 * 2**16
 
-# (student's block, teacher's block, the block's channels, out, scratch) -> the residual, whose derivative in the student
-# is 1 wherever it is not 0. It may be written into ``out``, and ``scratch`` be used.
+# (student's block, teacher's block, the block's channels, out, scratch) -> the residual, whose derivative in the
+# student is 1 wherever it is not 0. It may be written into ``out``, and ``scratch`` be used.
 Residual = Callable[[Tensor, Optional[Tensor], slice, Tensor, Tensor], Tensor]
 
 

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_det import Distiller, student_cfg
 from kd_det.losses import NSTLoss, PKDLoss, loss_class
-from kd_det.losses.schedule import Schedule
 from tests.classification.tiny_classifier import distilled_cfg, images
 from tests.cuda.tiny_cuda import (
     DETECTOR_LOSSES,
@@ -35,10 +34,9 @@ pytestmark = pytest.mark.cuda
 @pytest.mark.parametrize("name", DETECTOR_LOSSES)
 def test_a_loss_warms_up_is_on_and_stops(tmp_path, device, name):
     key = f"loss_{loss_class(name).name}"
-    model = build(faster_cfg(tmp_path, device, name, "SoftTarget" if "NST" in name else "NST"))
-    loss = model.losses[loss_class(name).name]
-    loss.schedule = Schedule(warmup_iters=2, stop_iter=3)
-    history = train(model, 5)
+    node = f"KD__{loss_class(name).name.upper()}"
+    schedule = {f"{node}__WARMUP_ITERS": 2, f"{node}__STOP_ITER": 3}
+    history = train(build(faster_cfg(tmp_path, device, name, "SoftTarget" if "NST" in name else "NST", **schedule)), 5)
     assert_fine(history, device)
     assert [bool(losses[key] != 0) for losses in history] == [True, True, True, False, False]
 
@@ -49,7 +47,7 @@ def test_all_losses_stop_together(tmp_path, device):
 
 
 def test_no_loss_and_weights_of_0_are_plain_training(tmp_path, device):
-    """D2's neighbour: what is off is bit-identical; on a GPU up to the order in which kernels add."""
+    """Bit-identical on the CPU; on a GPU up to the order in which kernels add."""
     off = {f"KD__{loss_class(name).name.upper()}__WEIGHT": 0.0 for name in ALL_LOSSES}
     off_cfg = faster_cfg(tmp_path, device, *ALL_LOSSES, **off)
     expected = losses_of(build(student_cfg(off_cfg)))
@@ -90,8 +88,7 @@ def fcos(**opts) -> FCOS:
 def test_fcos(device):
     """In float32: under autocast, fvcore's giou_loss mixes types."""
     teacher, student = fcos(depth=50, width=8), fcos()
-    channels = {"student_channels": [8], "teacher_channels": [8]}
-    losses = [NSTLoss(student_taps=["p3", "p4"]), PKDLoss(student_taps=["p3"], **channels)]
+    losses = [NSTLoss(student_taps=["p3", "p4"]), PKDLoss(student_taps=["p3"])]
     model = Distiller(student=student, teacher=teacher, losses=losses).to(device).train()
     assert_fine(train(model, 2), device)
 
@@ -134,8 +131,6 @@ def _checkpointed(forward):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_teacher_in_half_precision_teaches_the_same(tmp_path, device, dtype):
     cfg = faster_cfg(tmp_path, device, *MAP_LOSSES, "SoftTarget")
-    if "DTYPE" not in cfg.KD.TEACHER:
-        pytest.skip("KD.TEACHER.DTYPE is not there yet")
     if device == "cpu" and dtype == "float16":
         pytest.skip("float16 is for GPUs")
     expected = distillation_losses(build(cfg))
