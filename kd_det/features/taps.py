@@ -98,7 +98,7 @@ class Taps:
             ValueError: a name that names no place; says the nearest ones that do.
         """
         self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
-        self._values: Dict[str, List[Tuple[Tensor, int]]] = {}
+        self._values: Dict[str, List[Tuple[Tensor, Optional[int]]]] = {}
         self.is_recording = False
         self._stops = False
         for name, place in self._places.items():
@@ -140,7 +140,9 @@ class Taps:
 
     def record(self, name: str, value: Tensor) -> None:
         """Called by the hooks: the value of a place, each time its module has run."""
-        self._values[name].append((value, value._version))
+        # What a compiled network returns has versions of its own.
+        version = None if torch.compiler.is_compiling() else value._version
+        self._values[name].append((value, version))
         if self._stops and all(self._values.values()):
             raise _Complete
 
@@ -157,7 +159,7 @@ class Taps:
         if silent:
             raise RuntimeError(f"nothing was recorded at {silent}: their modules did not run in the forward")
         for name, maps in values.items():
-            if any(value._version != version for value, version in maps):
+            if any(version not in (None, value._version) for value, version in maps):
                 raise RuntimeError(
                     f"tap {name!r}: the network overwrote this module's output in place, so its value is gone; "
                     f"tap the block around it, or the block's {PRE_ACTIVATION}."

@@ -1,7 +1,7 @@
 """What every loss on feature maps needs before its formula: checks, float32, one spatial size, the valid mask."""
 
 import functools
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +40,26 @@ class Maps(NamedTuple):
 
 
 def full_precision(function):
-    """Runs ``function`` with autocast off on the device of its first tensor. Casting is left to :func:`to_float`."""
+    """
+    Runs ``function`` with autocast off on the device of its first tensor, which may be inside a list of levels. Casting
+    is left to :func:`to_float`.
+    """
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        device = next((x.device.type for x in _tensors((*args, *kwargs.values()))), "cpu")
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return wrapper
+
+
+def _tensors(values) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def to_float(name: str, student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def test_a_loss_waits_for_nothing(tmp_path, device, raise_where_the_host_waits, 
         context = args[2]
         if loss.needs_regions:  # accepted, once a step: Detectron2's pooler waits at each level, its box targets once
             for stage in range(len(context.region_pairs())):
-                context.region_targets(stage)
+                context.region_targets(stage).deltas  # noqa: B018
         raise_where_the_host_waits(True)
 
     (loss,) = model.losses.values()
