@@ -20,8 +20,8 @@ __all__ = ["SquaredResidual", "blocks", "squared_error", "weighted_sum"]
 # About 2 MB of float32, so that a block, its source and its scratch stay in a CPU's cache.
 _BLOCK_ELEMENTS = 9 * 2**16
 
-# (student's block, teacher's block, the block's channels, out, scratch) -> the residual. It may be written into
-# ``out``, and ``scratch`` be used. Its derivative in the student is 1 wherever it is not 0.
+# (student's block, teacher's block, the block's channels, out, scratch) -> the residual, whose derivative in the
+# student is 1 wherever it is not 0. It may be written into ``out``, and ``scratch`` be used.
 Residual = Callable[[Tensor, Optional[Tensor], slice, Tensor, Tensor], Tensor]
 
 
@@ -54,7 +54,9 @@ class SquaredResidual(Function):
         ctx, student: Tensor, teacher: Optional[Tensor], residual: Residual, invalid: Optional[Tensor]
     ) -> Tensor:
         cuts = list(blocks(student))
-        out, scratch = (torch.empty_like(student[cuts[0]]) for _ in range(2))
+        scratch = torch.empty_like(student[cuts[0]])
+        # Without a teacher the residual is the student's block, and nothing is written into out.
+        out = scratch if teacher is None else torch.empty_like(scratch)
         total = student.new_zeros((len(student), *student.shape[2:])) if len(cuts) > 1 else None
         for cut in cuts:
             r = _block(residual, student, teacher, invalid, cut, out, scratch)

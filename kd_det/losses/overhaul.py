@@ -75,7 +75,7 @@ def margin_relu(teacher: Tensor, margin: Tensor) -> Tensor:
         margin: (C,), the margins m_c, at most 0.
 
     Returns:
-        Of the teacher's shape, in float32 (float64 if the teacher is).
+        A tensor of the teacher's shape, in float32 (float64 if the teacher is).
 
     Raises:
         ValueError: another number of margins than channels.
@@ -238,7 +238,7 @@ class OverhaulLoss(ConnectedLoss):
                 closed form of :func:`margin_from_norm`.
             calibration_images: see ``margin``.
             connector_norm: a norm of Detectron2: "BN", as in the paper, "SyncBN", ...
-            reduction: see :func:`overhaul_loss`.
+            reduction: see :func:`overhaul_loss`; "sum" is over the images of all ranks.
             kwargs: see :class:`ConnectedLoss`.
         """
         super().__init__(connector_norm=connector_norm, **kwargs)
@@ -327,7 +327,8 @@ class OverhaulLoss(ConnectedLoss):
                 self.connectors[level](s), t, self.margins[level].value, reduction=self.reduction, valid=valid
             )
             total = total + term * 2.0 ** (level + 1 - len(self.connectors))
-        return total
+        # DDP averages over ranks: a sum over the images of all ranks is as many times a rank's own.
+        return total * comm.get_world_size() if self.reduction == "sum" else total
 
 
 def _norm_behind(teacher: nn.Module, tap: str) -> tuple[Tensor, Tensor]:
@@ -336,7 +337,7 @@ def _norm_behind(teacher: nn.Module, tap: str) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: no such norm, or a FrozenBatchNorm2d whose statistics were folded into its weight and bias (all
-            Caffe2 and zoo weights): then they say nothing of the distribution.
+            Caffe2 and zoo weights): then they tell nothing about the distribution.
     """
     block = tap_module(teacher, tap, side="teacher")
     last = getattr(block, "conv3", None) or getattr(block, "conv2", None)

@@ -104,29 +104,23 @@ class SimilarityLoss(DistillationLoss):
     def forward(self, student, teacher, context):
         if self.needs_regions:
             images = len(context.image_sizes) * comm.get_world_size()
-            pairs = context.region_pairs()
-            total = 0.0
-            for stage, outputs in enumerate(pairs):
+            samples = []
+            for stage, outputs in enumerate(context.region_pairs()):
                 first = context.first_regions(stage, max(1, self.max_regions // images))
-                s, t = gather_samples(*(output.features[first] for output in outputs))
-                total = total + similarity_preserving_loss(s, t)
-            return total / len(pairs)
-        total = 0.0
-        for s, t, _ in self.pairs(student, teacher, context):
-            s, t = gather_samples(self._to_grid(s, context), self._to_grid(t, context))
-            if len(s) < 2:
-                raise ValueError("SimilarityLoss over images needs at least 2 images in the global batch, found 1.")
-            total = total + similarity_preserving_loss(s, t)
-        return total
+                samples += [output.features[first] for output in outputs]
+        else:
+            pairs = self.pairs(student, teacher, context)
+            samples = [self._to_grid(x, context) for s, t, _ in pairs for x in (s, t)]
+        samples = gather_samples(*samples)
+        if not self.needs_regions and len(samples[0]) < 2:
+            raise ValueError("SimilarityLoss over images needs at least 2 images in the global batch, found 1.")
+        total = sum(similarity_preserving_loss(s, t) for s, t in zip(samples[::2], samples[1::2]))
+        return total * 2 / len(samples) if self.needs_regions else total
 
     def _to_grid(self, features: Tensor, context) -> Tensor:
         if features.dim() != 4:
             return features
-        valid = context.valid(features)
-        if valid is None:
+        sizes = context.valid_sizes(features)
+        if all(size == tuple(features.shape[2:]) for size in sizes):
             return F.adaptive_avg_pool2d(features, self.grid)
-        pooled = []
-        for image, mask in zip(features, valid[:, 0]):
-            height, width = mask.any(dim=1).sum(), mask.any(dim=0).sum()
-            pooled.append(F.adaptive_avg_pool2d(image[:, :height, :width], self.grid))
-        return torch.stack(pooled)
+        return torch.stack([F.adaptive_avg_pool2d(x[:, :h, :w], self.grid) for x, (h, w) in zip(features, sizes)])

@@ -110,15 +110,21 @@ CASES = {
     "NSTLoss before the ReLU": {"KD__NST__STUDENT_TAPS": PRE_ACTIVATIONS, "KD__NST__TEACHER_TAPS": PRE_ACTIVATIONS},
     "HintLoss that is off": {"KD__HINT__STOP_ITER": 0},
     "SimilarityLoss some": {"KD__SIMILARITY__MAX_REGIONS": 24},
+    "OverhaulLoss sum": {
+        "KD__OVERHAUL__CONNECTOR_NORM": "FrozenBN",
+        "KD__OVERHAUL__MARGIN": "running",
+        "KD__OVERHAUL__REDUCTION": "sum",
+    },
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path, case):
+def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path, case):  # D26
     teacher = tiny_cfg(depth=50, width=8)
     opts = {"MODEL__RESNETS__NORM": "FrozenBN", **CASES[case]}
     cfg = distillation_cfg(tmp_path, case.split()[0], teacher=teacher, **opts)
-    compare_halves_with_whole(tmp_path, cfg, batch(sizes=((64, 64),) * 4))
+    # Padded to one canvas on both ranks, with unequal numbers of valid positions.
+    compare_halves_with_whole(tmp_path, cfg, batch(sizes=((64, 96), (64, 96), (40, 96), (64, 32))))
 
 
 def compare_halves_with_whole(tmp_path, cfg, images):
@@ -445,7 +451,7 @@ def resume_with_another_folder(cfg):
     if comm.get_rank() == 1:  # another machine's disk
         cfg.OUTPUT_DIR += "_of_the_other_machine"
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    with pytest.raises(ValueError, match="holds a checkpoint, but not on the machines"):
+    with pytest.raises(FileNotFoundError, match="holds a checkpoint, but not on the machines"):
         Trainer(cfg).resume_or_load(resume=True)
     return {"refused": True}
 
