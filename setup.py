@@ -30,7 +30,8 @@ setup(
     # Ranges, so that an environment that runs Detectron2 stays as it is. Left out on purpose:
     # - Detectron2: no release on PyPI under its own name (its INSTALL page, or tools/install_detectron2.py);
     # - torch and torchvision: Detectron2 was built for the pair that is there, and pip would replace the pair
-    #   where it is older than a range or lacks one half (tested: torch 2.14.1 with torchvision 0.29.2);
+    #   where it is older than a range or lacks one half (tested: torch 2.14.1 with torchvision 0.29.2). PyTorch must be
+    #   2.6 or newer, which kd_det checks when it is imported;
     # - OpenCV: four PyPI projects provide cv2, and two of them side by side break each other.
     # requirements.txt has one tested set of everything.
     install_requires=[

@@ -1,4 +1,4 @@
-"""What differs between Detectron2 v0.6 and upstream main."""
+"""What differs between versions of PyTorch and Detectron2: the oldest PyTorch, and v0.6 against upstream main."""
 
 import importlib
 import importlib.util
@@ -6,9 +6,16 @@ import os
 import sys
 import types
 
+import torch
 from detectron2.utils.events import get_event_storage
 
-__all__ = ["has_event_storage", "model_zoo"]
+__all__ = ["OLDEST_TORCH", "has_event_storage", "model_zoo"]
+
+# Before it, torch.load(weights_only=True) could be made to run code (CVE-2025-32434), and get_total_norm is missing.
+OLDEST_TORCH = (2, 6)
+
+if torch.__version__ < OLDEST_TORCH:
+    raise ImportError(f"kd_det needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}.")
 
 
 def has_event_storage() -> bool:

@@ -24,8 +24,7 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     # Factor of this loss in the total; 0 switches it off (nothing is built, nothing is run).
     node.WEIGHT = weight
     # Places read in the student: "p3", "res4", "res4.pre_activation" or a dotted module name (tools/list_taps.py).
-    # (A new tuple: equal literals are one to Python, and a dumped config would refer from one loss to another.)
-    node.STUDENT_TAPS = (*taps,)
+    node.STUDENT_TAPS = tuple(taps)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
     # Iterations of linear warm-up of the factor; None: KD.WARMUP_ITERS.
@@ -110,17 +109,17 @@ def add_kd_config(cfg: CN) -> None:
 
     # OFD, overhaul of feature distillation (arXiv 1904.01866). A position sums hundreds of channels; the published
     # weights come to 5e-3 (ImageNet) and 1e-2 (segmentation) at the deepest stage. Without res2, which Detectron2
-    # freezes by default (MODEL.BACKBONE.FREEZE_AT): a frozen stage of the student learns nothing from a loss on it.
+    # freezes by default (MODEL.BACKBONE.FREEZE_AT): a frozen student stage learns nothing from a loss on it.
     stages = ("res3", "res4", "res5")
     node = add_loss_config(cfg, "OVERHAUL", weight=1e-3, taps=tuple(f"{stage}.pre_activation" for stage in stages))
     # Of the margin ReLU: "calibrated" (negative responses to the first training images), "running" (to all images so
     # far) or "norm" (closed form from the last norm's weight and bias, refused where it does not hold).
     node.MARGIN = "calibrated"
-    # Images that "calibrated" looks at before step 0.
+    # Training images, of all GPUs, that "calibrated" is measured on.
     node.CALIBRATION_IMAGES = 64
     # Norm behind each 1x1 connector: "BN", or "SyncBN" with few images a GPU.
     node.CONNECTOR_NORM = "BN"
-    # "position": an image's sum divided by its number of positions; "sum": the published one, over all GPUs' images.
+    # "position": an image's sum divided by its number of positions; "sum": the published one, of all GPUs' images.
     node.REDUCTION = "position"
 
     # SP, similarity-preserving (arXiv 1907.09682); the weight is gamma of Eq. 4. The loss is at most 4 / (number of

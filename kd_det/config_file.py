@@ -61,7 +61,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     for name in [imports] if isinstance(imports, str) else imports:
         import_project(cfg, name, folder=os.path.dirname(os.path.abspath(path)), where=f"{path}: KD.IMPORTS")
     known = list(cfg.KD.IMPORTS) if "KD" in cfg else None
-    _merge(cfg, cfg.merge_from_file, path, where=path)  # every file that is read unsafely was found to be the zoo's
+    _merge(cfg, cfg.merge_from_file, path, where=path)  # every file that is read unsafely is one of the zoo's
     if known is not None:
         cfg.KD.IMPORTS = known  # by their full paths, so that the config can be dumped into another folder
 

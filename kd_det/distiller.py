@@ -193,6 +193,8 @@ class Distiller(nn.Module):
             student_head=self._region_taps.head if self._region_taps is not None else None,
             sampled=self._region_taps.pop() if self._region_taps is not None else None,
         )
+        if any(loss.needs_regions for loss in active):
+            context.region_pairs()  # for all losses, before the first
         for name, loss in self.losses.items():
             if loss.key in losses:
                 raise ValueError(f"The student already has a loss {loss.key!r}; name the distillation loss otherwise.")

@@ -1,11 +1,11 @@
 """What README.md, docs/ and configs/README.md show: commands parse, Python runs, files and config keys exist."""
 
-import importlib.util
+import argparse
+import importlib
 import os
 import re
 import shlex
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from kd_det import DISTILLATION_LOSS_REGISTRY, add_kd_config
-from kd_det.cli import argument_parser
+from kd_det.cli.main import COMMANDS
 from kd_det.config_file import merge_config_file, merge_options
 from tests.tiny import batch, distillation_cfg
 
@@ -27,16 +27,6 @@ TOOLS = sorted(p.name for p in ROOT.glob("tools/*.py"))
 # Commands of a cluster or of the shell: a block that calls them runs, and what they would do does not matter here.
 OTHERS = ("make", "pip", "cp", "scontrol", "sbatch", ".venv/bin/python")
 RUNNERS = ("torchrun", "srun")
-# kd-det's commands and the tools that are the same.
-COMMANDS = {
-    "convert": "convert_backbone.py",
-    "export": "export_student.py",
-    "lazy-train": "lazyconfig_train_net.py",
-    "pretrain": "pretrain_backbone.py",
-    "taps": "list_taps.py",
-    "train": "train_net.py",
-    "weights": "suggest_weights.py",
-}
 EXAMPLE_KEYS = ("KD.SMOOTH", "KD.SMOOTH.BETA")
 SHELL = {"DETECTRON2": "detectron2", "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "7"}
 STUB = '#!/bin/sh\nfor x in "$0" "$@"; do printf "%s\\0" "$x"; done >> "$COMMANDS"\nprintf "\\n" >> "$COMMANDS"\n'
@@ -64,18 +54,26 @@ def commands(code: str, folder: Path) -> list[list[str]]:
     return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
 
 
-@cache
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"readme_{Path(name).stem}", ROOT / "tools" / name)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+class Parsed(Exception):
+    """Carries what a command's parser returned, before the command does anything."""
 
 
-def arguments(program: str, argv: list[str]):
-    if program == "kd-det":
-        program, argv = COMMANDS[argv[0]], argv[1:]
-    return getattr(tool(program), "get_parser", argument_parser)().parse_args(argv)
+def arguments(program: str, argv: list[str], monkeypatch) -> dict:
+    if program.endswith(".py"):
+        module = re.search(r"^from (kd_det\.\S+) import main$", (ROOT / "tools" / program).read_text(), re.M)[1]
+    else:
+        assert argv[0] in COMMANDS, f"kd-det has no command {argv[0]}"
+        module, argv = f"kd_det.cli.{argv[0].replace('-', '_')}", argv[1:]
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop_there(parser, argv):
+        raise Parsed(vars(parse_args(parser, argv)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop_there)
+        with pytest.raises(Parsed) as parsed:
+            importlib.import_module(module).main(argv)
+    return parsed.value.args[0]
 
 
 @cache
@@ -87,14 +85,14 @@ def config(path: str = "") -> CfgNode:
     return cfg
 
 
-def check_command(argv: list[str]) -> None:
+def check_command(argv: list[str], monkeypatch) -> None:
     program, *rest = argv
     if program.endswith(OTHERS):
         return
     if Path(program).name in RUNNERS:  # the tool is behind the runner's own options
         at = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
-        return check_command(rest[at:]) if at is not None else check_script(rest[-1])
-    args = vars(arguments(Path(program).name, rest))
+        return check_command(rest[at:] if at is not None else script(rest[-1]), monkeypatch)
+    args = arguments(Path(program).name, rest, monkeypatch)
     paths = [word for value in args.values() for word in (value if isinstance(value, list) else [value])]
     for path in paths:
         if isinstance(path, str) and path.startswith("configs/"):
@@ -103,19 +101,17 @@ def check_command(argv: list[str]) -> None:
         merge_options(config(args.get("config_file") or "").clone(), args["opts"], where=shlex.join(argv))
 
 
-def check_script(code: str) -> None:
-    """The command in ``srun bash -c "exec python tools/..."``."""
+def script(code: str) -> list[str]:
+    """The command in ``srun bash -c "exec python tools/..."``, with a number for what SLURM fills in on the node."""
     words = shlex.split(code)
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    # What SLURM fills in on the node.
-    check_command([re.sub(r"\$\w+", "1", word) for word in words[at:]])
+    return [re.sub(r"\$\w+", "1", word) for word in words[next(i for i, x in enumerate(words) if x.endswith(".py")) :]]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands(page, tmp_path):
+def test_commands(page, tmp_path, monkeypatch):
     found = [argv for code in blocks(page, "", "bash", "sh") for argv in commands(code, tmp_path)]
     for argv in found:
-        check_command(argv)
+        check_command(argv, monkeypatch)
 
 
 def test_every_page_was_read():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""``kd-det convert-backbone``, from a checkout; --help describes it."""
+"""``kd-det convert``, from a checkout; --help describes it."""
 
-from kd_det.cli.convert_backbone import main
+from kd_det.cli.convert import main
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ from kd_det.distiller import Distiller
 from kd_det.features.tap_table import input_size
 from kd_det.losses import build_losses
 from kd_det.student import build_student
-from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
+from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg, teacher_dtype
 
 __all__ = ["measure_step"]
 
@@ -57,9 +57,8 @@ def measure_step(cfg: CfgNode, *, images: int, amp: torch.dtype | None, repeat: 
         return step
 
     def teacher():
-        multiple = max(model.backbone.size_divisibility, 1)
-        with autocast:
-            model.run_teacher(batch, tuple(-(-side // multiple) * multiple for side in (height, width)))
+        with torch.no_grad(), autocast:
+            model.teacher.backbone(model.teacher.preprocess_image(batch).tensor)
 
     runs = {
         "plain student step": training_step(model.student),
@@ -81,10 +80,11 @@ def measure_step(cfg: CfgNode, *, images: int, amp: torch.dtype | None, repeat: 
 
 def build_distiller(cfg: CfgNode) -> Distiller:
     """
-    The config's Distiller, with a teacher of random weights and margins at 0. Residual branches are damped: frozen
+    The config's Distiller, with a teacher of random weights. Residual branches are damped: frozen
     norms of untrained networks normalise nothing, and sums over many blocks would leave float32's range.
     """
-    student, teacher = build_student(cfg), build_teacher_architecture(get_teacher_cfg(cfg))
+    networks = build_student(cfg), build_teacher_architecture(get_teacher_cfg(cfg))
+    student, teacher = (network.to(cfg.MODEL.DEVICE) for network in networks)
     for block in (block for network in (student, teacher) for block in network.modules()):
         if isinstance(block, ResNetBlockBase):
             for norm in block.modules():
@@ -94,10 +94,8 @@ def build_distiller(cfg: CfgNode) -> Distiller:
     cfg.defrost()
     merge_options(cfg, choose_losses(cfg, student, teacher), where="--teacher")
     losses = build_losses(cfg, student, teacher)
-    for loss in losses:
-        loss.images_to_observe = lambda: 0
-    model = Distiller(student=student, teacher=teacher, losses=losses, input_format=cfg.INPUT.FORMAT)
-    return model.to(cfg.MODEL.DEVICE).train()
+    options = {"input_format": cfg.INPUT.FORMAT, "teacher_dtype": teacher_dtype(cfg)}
+    return Distiller(student=student, teacher=teacher, losses=losses, **options).train()
 
 
 def random_batch(images: int, height: int, width: int, student: nn.Module) -> list[dict]:

@@ -14,7 +14,7 @@ from kd_det.cli.arguments import config_parser, load_config, parse_arguments
 from kd_det.cli.run_tool import run_tool
 from kd_det.weights.export import export_student
 
-__all__ = ["main"]
+__all__ = ["get_parser", "main"]
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -28,7 +28,7 @@ def _export(args: argparse.Namespace) -> None:
     print(f"  check run: relative error of the maps {report.feature_error:.2g}, detections {before} -> {after}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = config_parser(__doc__, teacher=False)
     parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of the training")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
@@ -36,4 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trace", action="store_true", help="also save a TorchScript trace, model.ts")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="for the check run, repeatable")
     parser.set_defaults(eval_only=True)  # the plain student's config
-    run_tool(_export, parse_arguments(parser, argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_tool(_export, parse_arguments(get_parser(), argv))

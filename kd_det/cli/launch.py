@@ -1,6 +1,5 @@
 """Detectron2's ``launch``, also without a GPU and also under torchrun."""
 
-import contextlib
 import gc
 import multiprocessing
 import os
@@ -73,12 +72,7 @@ def launch(main: Callable, args, *, output_dir: str = "", device: str = "cuda") 
 
 def _run(main: Callable, args, output_dir: str):
     with restartable():  # until training begins, and answers signals itself
-        run_tool(_run_alone, main, args, output_dir)
-
-
-def _run_alone(main: Callable, args, output_dir: str):
-    with sole_run(output_dir) if output_dir else contextlib.nullcontext():
-        main(args)
+        run_tool(sole_run(output_dir)(main), args)
 
 
 def _run_in_group(*what):

@@ -27,7 +27,7 @@ def load_lazy_config(args: argparse.Namespace) -> DictConfig:
     The config of a run: the file with ``KEY=VALUE`` overrides, and a Distiller around its model with ``--teacher``.
 
     Raises:
-        UserError: a file that is no such config, or an override that cannot be.
+        UserError: a file that is no such config, or an override that does not fit.
         OSError: a file that cannot be read.
     """
     _kd_config(args.imports)

@@ -29,7 +29,7 @@ from kd_det.errors import UserError
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.strict import load_strictly
 
-__all__ = ["main"]
+__all__ = ["get_parser", "main"]
 
 
 def _test(cfg: DictConfig, model):
@@ -100,5 +100,9 @@ def _check_and_launch(args: argparse.Namespace) -> None:
     launch(_process, args, output_dir=train.output_dir, device=train.device)
 
 
+def get_parser() -> argparse.ArgumentParser:
+    return argument_parser(__doc__)
+
+
 def main(argv: list[str] | None = None) -> None:
-    run_tool(_check_and_launch, parse_arguments(argument_parser(__doc__), argv))
+    run_tool(_check_and_launch, parse_arguments(get_parser(), argv))

@@ -15,7 +15,7 @@ COMMANDS = {
     "taps": "list the places of the networks that losses can read",
     "weights": "measure the losses on a few batches, and propose weights",
     "export": "write a trained student as a folder for plain Detectron2",
-    "convert-backbone": "turn weights of torchvision or timm into a file for Detectron2's backbones",
+    "convert": "turn weights of torchvision or timm into a file for Detectron2's backbones",
     "digits": "make the small data set of the quickstart",
     "quickstart": "teacher, student alone and distilled student on that data set, compared",
 }
@@ -33,7 +33,7 @@ kd-det COMMAND --help tells more."""
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(_HELP.format(commands="\n".join(f"  {command:18}{line}" for command, line in COMMANDS.items())))
+        print(_HELP.format(commands="\n".join(f"  {command:12}{line}" for command, line in COMMANDS.items())))
         return
     if name not in COMMANDS:
         sys.exit(f"error: {unknown_name('command', name, COMMANDS)}")

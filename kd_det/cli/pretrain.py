@@ -23,7 +23,7 @@ from kd_det.errors import UserError
 from kd_det.study.compare import compare
 from kd_det.study.runs import Run
 
-__all__ = ["main", "planned_runs"]
+__all__ = ["get_parser", "main", "planned_runs"]
 
 
 def planned_runs(files: list[str], seeds: list[int], opts: list[str], *, num_gpus: int = 1) -> dict[str, list[Run]]:
@@ -98,8 +98,12 @@ def _pretrain(args: argparse.Namespace) -> None:
     print("\n" + compare(planned_runs(files, args.seeds, opts, num_gpus=args.num_gpus)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argument_parser(__doc__)
     parser.add_argument("--compare", nargs="+", metavar="CONFIG_FILE", help="train these and compare their accuracy")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of --compare, default 0 1 2")
-    run_tool(_pretrain, parse_arguments(parser, argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_tool(_pretrain, parse_arguments(get_parser(), argv))

@@ -5,7 +5,7 @@ from torch import nn
 
 from kd_det.distiller import Distiller
 from kd_det.features.taps import tap_shape
-from kd_det.losses import DistillationLoss
+from kd_det.losses.schedule import Schedule
 
 __all__ = ["distillation_summary"]
 
@@ -16,7 +16,7 @@ def distillation_summary(model: Distiller) -> str:
     for name, loss in model.losses.items():
         pairs = zip(loss.student_taps, loss.teacher_taps)
         taps = [f"{_place(model.student, s)} <- {_place(model.teacher, t)}" for s, t in pairs]
-        rows.append((name, f"{loss.weight:g}", _schedule(loss), "\n".join(taps) or "regions or logits"))
+        rows.append((name, f"{loss.weight:g}", _schedule(loss.schedule), "\n".join(taps) or "regions or logits"))
     return tabulate(rows, headers=("loss", "weight", "schedule", "student <- teacher"), tablefmt="simple")
 
 
@@ -28,7 +28,7 @@ def _place(network: nn.Module, tap: str) -> str:
     return f"{tap} ({shape.channels} channels{f', stride {shape.stride}' if shape.stride else ''})"
 
 
-def _schedule(loss: DistillationLoss) -> str:
-    parts = [f"warm-up {loss.warmup_iters}"] if loss.warmup_iters else []
-    parts += [f"until {loss.stop_iter}"] if loss.stop_iter >= 0 else []
+def _schedule(schedule: Schedule) -> str:
+    parts = [f"warm-up {schedule.warmup_iters}"] if schedule.warmup_iters else []
+    parts += [f"until {schedule.stop_iter}"] if schedule.stop_iter >= 0 else []
     return ", ".join(parts) or "constant"

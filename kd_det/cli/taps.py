@@ -19,7 +19,7 @@ from kd_det.features.tap_table import format_taps, input_size, list_taps
 from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
 
-__all__ = ["main"]
+__all__ = ["get_parser", "main"]
 
 UNREAD = "not read"  # a teacher's config without weights is refused elsewhere
 LAZY_SIZE = (800, 1333)
@@ -47,5 +47,9 @@ def _print_taps(args: argparse.Namespace) -> None:
         print(f"{side}, for images of {size[0]} x {size[1]}:\n{format_taps(list_taps(network, size))}\n")
 
 
+def get_parser() -> argparse.ArgumentParser:
+    return config_parser(__doc__)
+
+
 def main(argv: list[str] | None = None) -> None:
-    run_tool(_print_taps, parse_arguments(config_parser(__doc__), argv))
+    run_tool(_print_taps, parse_arguments(get_parser(), argv))

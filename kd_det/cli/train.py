@@ -26,7 +26,7 @@ from kd_det.engine import Trainer, evaluate
 from kd_det.engine.evaluation import test_with_augmentation
 from kd_det.study.run_config import used_config
 
-__all__ = ["check_and_launch", "main", "train_or_evaluate"]
+__all__ = ["check_and_launch", "get_parser", "main", "train_or_evaluate"]
 
 
 def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
@@ -67,6 +67,9 @@ def _process(args: argparse.Namespace):
     return train_or_evaluate(args, Trainer)
 
 
+def get_parser() -> argparse.ArgumentParser:
+    return argument_parser(__doc__)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argument_parser(__doc__), argv)
-    run_tool(check_and_launch, args, _process, Trainer)
+    run_tool(check_and_launch, parse_arguments(get_parser(), argv), _process, Trainer)

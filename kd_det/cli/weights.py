@@ -27,7 +27,7 @@ from kd_det.engine.loss_sizes import format_sizes, measure_losses
 from kd_det.errors import UserError
 from kd_det.weights.checkpoint import SafeCheckpointer
 
-__all__ = ["main"]
+__all__ = ["get_parser", "main"]
 
 
 def _model_and_batches(args: argparse.Namespace) -> tuple[Distiller, Iterable[list[dict]]]:
@@ -54,10 +54,14 @@ def _propose(args: argparse.Namespace) -> None:
     print(" ".join(proposed))
 
 
-def main(argv: list[str] | None = None) -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = config_parser(__doc__)
     parser.add_argument("--batches", type=int, default=8, help="training batches to measure on")
     parser.add_argument(
         "--share", type=float, default=0.5, help="gradient wanted, as a part of the student's own losses'"
     )
-    run_tool(_propose, parse_arguments(parser, argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_tool(_propose, parse_arguments(get_parser(), argv))

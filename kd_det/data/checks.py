@@ -66,8 +66,7 @@ def check_dataset(name: str, needs: Mapping[str, str] | None = None, *, evaluate
     """
     Load the annotations of a registered data set with its own loader, and look at its images: all exist;
     and all of a small data set, or an even sample of a large one, can be read and have the size that the
-    annotations state. (An unreadable image outside the sample is met in training: see
-    :class:`CheckedMapper`.)
+    annotations state. (Training names an unreadable image outside the sample: see :class:`CheckedMapper`.)
 
     Takes as long as Detectron2's own loading, plus a second or two. In a run of many processes, one of them
     is enough.

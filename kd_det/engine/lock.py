@@ -24,15 +24,16 @@ LOCK_FILE = ".lock"
 @contextlib.contextmanager
 def sole_run(output_dir: str):
     """
-    A context in which no other run may use an output folder. All ranks enter it, before they write anything; rank 0
-    holds the lock. The kernel drops it when that process ends, however it ends; the file that stays locks nothing.
+    A context, or decorator, in which no other run may use an output folder (empty: none is locked). All ranks enter
+    it before they write anything; rank 0 holds the lock. The kernel drops it when that process ends, however it ends;
+    the file that stays locks nothing.
 
     Raises:
         UserError: another run is in there (names its host and process), or the folder cannot be written to.
     """
     file = None
     problem = ""
-    if comm.is_main_process() and fcntl is not None and "://" not in output_dir:
+    if comm.is_main_process() and fcntl is not None and output_dir and "://" not in output_dir:
         try:
             os.makedirs(output_dir, exist_ok=True)
             file = open(os.path.join(output_dir, LOCK_FILE), "a+")

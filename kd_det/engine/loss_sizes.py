@@ -79,7 +79,7 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
 
 
 def _gradients(loss: Tensor, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """Of the parameters that a loss reaches, the gradients."""
+    """The gradients of the parameters that a loss reaches."""
     parameters = list(parameters)
     if not loss.requires_grad or not parameters:
         return {}

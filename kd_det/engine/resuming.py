@@ -42,14 +42,13 @@ def check_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict) -
         problem = "its parameters are grouped otherwise (by SOLVER.WEIGHT_DECAY and the other keys a layer's kind)"
     else:
         changed = [
-            f"{names[parameter]} was {tuple(value.shape)}, is {tuple(parameter.shape)}"
+            f"{names.get(parameter, 'a parameter')} was {tuple(value.shape)}, is {tuple(parameter.shape)}"
             for parameter, number in zip(parameters, numbers, strict=True)
-            for key, value in saved["state"].get(number, {}).items()
+            for value in saved["state"].get(number, {}).values()
             if getattr(value, "ndim", 0) and value.shape != parameter.shape
         ]
-        if changed:
-            changed = list(dict.fromkeys(changed))
-            problem = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        problem = ", ".join(dict.fromkeys(changed[:5])) + more
     if problem:
         raise ValueError(
             f"The checkpoint is of a run with other losses or another model: {problem}. To start from its weights, set "

@@ -175,15 +175,15 @@ class TrainStep(SimpleTrainer):
             largest = torch.zeros((), device=self._device)
         else:
             largest = get_total_norm(gradients, math.inf)
-        on_host = torch.tensor([data_time, bool(self._signals.requested)])
-        parts = [*losses.values(), largest, *on_host]
         # Without non_blocking, a copy to the device waits for it.
-        row = torch.stack([part.to(self._device, torch.float32, non_blocking=True) for part in parts])
+        parts = [part.to(self._device, torch.float32, non_blocking=True) for part in (*losses.values(), largest)]
+        on_host = [data_time, float(bool(self._signals.requested))]
         if comm.get_world_size() == 1:
-            return [row.tolist()]
+            return [torch.stack(parts).cpu().tolist() + on_host]
+        row = torch.cat([torch.stack(parts), torch.tensor(on_host).to(self._device, non_blocking=True)])
         rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
         dist.all_gather(rows, row)
-        ret = torch.stack(rows).tolist()
+        ret = torch.stack(rows).cpu().tolist()
         self._signals.agreed = any(row[-1] for row in ret)
         return ret
 

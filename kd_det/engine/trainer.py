@@ -2,9 +2,7 @@
 
 import logging
 import os
-import socket
 import weakref
-from typing import Protocol, runtime_checkable
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
@@ -109,7 +107,7 @@ class Trainer(DefaultTrainer):
         ret.insert(before_evaluation, checkpoints)
         # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
         loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
-        self._loaders = [loader for loader in (self.data_loader, *loaders) if isinstance(loader, _Resumable)]
+        self._loaders = [loader for loader in (self.data_loader, *loaders) if hasattr(loader, "start_at")]
         for loader in self._loaders[1:]:
             loader.load_state_dict(self._loaders[0].state_dict())
         return ret
@@ -119,10 +117,8 @@ class Trainer(DefaultTrainer):
         As ``DefaultTrainer.resume_or_load``.
 
         Raises:
-            FileNotFoundError, ValueError: the checkpoint is missing (on all ranks alike, if on one), damaged, or of
-                another model.
+            FileNotFoundError, ValueError: the checkpoint is missing, damaged, or of another model.
         """
-        self._check_that_ranks_resume_alike(resume)
         super().resume_or_load(resume)
         if not self.start_iter:
             return
@@ -132,17 +128,6 @@ class Trainer(DefaultTrainer):
         starts = (self.start_iter, evaluations * self.cfg.TEST.PRECISE_BN.NUM_ITER)
         for loader, start in zip(self._loaders, starts, strict=False):
             loader.start_at(start)
-
-    def _check_that_ranks_resume_alike(self, resume: bool) -> None:
-        """On several machines, a rank that raises alone while it loads leaves the others waiting for it."""
-        checkpoint = self.checkpointer.get_checkpoint_file() if resume and self.checkpointer.has_checkpoint() else ""
-        ranks = comm.all_gather((socket.gethostname(), os.path.basename(checkpoint)))
-        if len({name for _, name in ranks}) > 1:
-            found = ", ".join(f"rank {rank} on {host}: {name or 'none'}" for rank, (host, name) in enumerate(ranks))
-            raise UserError(
-                f"The processes do not find the same checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} ({found}). To "
-                f"resume, all machines need that folder, shared or copied."
-            )
 
     def train(self):
         """
@@ -210,9 +195,7 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         """
         The evaluator of the data set's ``evaluator_type``; ``output_folder``: default ``OUTPUT_DIR/inference``.
 
@@ -256,17 +239,6 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
     if cfg.TEST.AUG.ENABLED:
         results.update(test_with_augmentation(cfg, model, trainer_class))
     return results
-
-
-@runtime_checkable
-class _Resumable(Protocol):
-    """A train loader that starts where a run stopped, as :class:`ResumableLoader` does."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-    def start_at(self, batch: int) -> None: ...
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions
 
-__all__ = ["StepContext", "valid_mask", "valid_sizes"]
+__all__ = ["StepContext", "to_device", "valid_mask", "valid_sizes"]
 
 
 def valid_sizes(
@@ -53,6 +53,12 @@ def valid_mask(
         for side, m, c in zip(image_sizes.unbind(1), size, canvas)
     )
     return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device. For a GPU the copy is made from pinned memory, and the host does not wait."""
+    is_cuda = device.type == "cuda"
+    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
 
 
 class StepContext:
@@ -114,11 +120,9 @@ class StepContext:
         return self._masks[key]
 
     def _sizes_on(self, device: torch.device) -> Tensor:
-        """The image sizes as a tensor (N, 2): one copy a step, for which the host does not wait on a GPU."""
+        """The image sizes as a tensor (N, 2), copied once a step."""
         if device not in self._sizes:
-            sizes = torch.tensor(self.image_sizes)
-            is_cuda = device.type == "cuda"
-            self._sizes[device] = (sizes.pin_memory() if is_cuda else sizes).to(device, non_blocking=is_cuda)
+            self._sizes[device] = to_device(torch.tensor(self.image_sizes), device)
         return self._sizes[device]
 
     @torch.no_grad()

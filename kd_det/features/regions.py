@@ -5,10 +5,14 @@ Shapes: N images; R sampled regions of all images together; K classes, backgroun
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
@@ -40,13 +44,21 @@ class RegionTargets:
     Attributes:
         classes: (R,), the class of the matched ground truth; K (background) where there is none.
         foreground: bool (R,).
-        deltas: from the regions to the matched ground truth, in the head's units of box regression, (R, 4); 0 for
-            background.
+        boxes: (R, 4), the regions.
+        truth: (R, 4), the boxes of the matched ground truth; of background, the regions themselves.
+        transform: the head's ``Box2BoxTransform``.
     """
 
     classes: Tensor
     foreground: Tensor
-    deltas: Tensor
+    boxes: Tensor
+    truth: Tensor
+    transform: Box2BoxTransform
+
+    @functools.cached_property
+    def deltas(self) -> Tensor:
+        """(R, 4): from the regions to the matched ground truth, in the head's units of regression; 0 for background."""
+        return self.transform.get_deltas(self.boxes, self.truth)
 
     def of_class(self, deltas: Tensor) -> Tensor:
         """Of (R, 4) or (R, 4 K) predicted deltas, those of each region's class: (R, 4); 0 for background."""
@@ -136,8 +148,7 @@ class RegionHead:
             classes, boxes = (torch.cat(parts) for parts in zip(*matches))
         foreground = (classes >= 0) & (classes < self.num_classes)
         boxes = torch.where(foreground[:, None], boxes, regions)
-        transform = self.predictors[min(stage, self.num_stages - 1)].box2box_transform
-        return RegionTargets(classes, foreground, transform.get_deltas(regions, boxes))
+        return RegionTargets(classes, foreground, regions, boxes, self.predictors[stage].box2box_transform)
 
     def _match(self, boxes: Boxes, truth: Instances, stage: int) -> Tuple[Tensor, Tensor]:
         """Classes (R,) and boxes (R, 4) of the ground truth that one image's regions are matched with."""
@@ -161,12 +172,31 @@ class RegionHead:
             stage: whose regions these are.
         """
         stage = min(stage, self.num_stages - 1)
-        pooled = self.pooler([features[name] for name in self._in_features], boxes)
+        maps = [features[name] for name in self._in_features]
+        pooled = _pool(self.pooler, maps, boxes) if type(self.pooler) is ROIPooler else self.pooler(maps, boxes)
         hidden = self._heads[stage](pooled)
         if isinstance(self.roi_heads, Res5ROIHeads):
             hidden = hidden.mean(dim=[2, 3])
         logits, deltas = self.predictors[stage](hidden)
         return RegionOutputs(pooled, logits, deltas)
+
+
+def _pool(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
+    """
+    What the pooler computes, (R, C, P, P), for which the host waits for the device once, to read how many regions each
+    level has; ``ROIPooler`` itself waits at every level, and to copy numbers of the host.
+    """
+    regions = torch.cat([F.pad(b.tensor, (1, 0), value=image) for image, b in enumerate(boxes)])
+    if len(maps) == 1:
+        return pooler.level_poolers[0](maps[0], regions)
+    levels = assign_boxes_to_levels(
+        boxes, pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
+    )
+    order = levels.argsort(stable=True)
+    counts = F.one_hot(levels, len(maps)).sum(0).tolist()
+    parts = regions[order].split(counts)
+    pooled = torch.cat([level(x, part) for level, x, part in zip(pooler.level_poolers, maps, parts)])
+    return pooled[order.argsort()]
 
 
 class RegionTaps:

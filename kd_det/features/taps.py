@@ -205,7 +205,8 @@ class _PreActivationHook:
         if mode.output is not output:
             raise RuntimeError(
                 f"tap {self._name!r}: the output of {type(module).__name__} is not that of a ReLU, so there is no "
-                f"pre-activation to read; tap the block's output, {self._name[: -len(PRE_ACTIVATION) - 1]!r}, instead."
+                f"pre-activation to read; tap the block's output, {self._name[: -len(PRE_ACTIVATION) - 1]!r}, instead. "
+                f"(torch.compile hides the ReLUs of a network; leave it uncompiled to read them.)"
             )
         if output.requires_grad and not mode.input.requires_grad:
             raise RuntimeError(

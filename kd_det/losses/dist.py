@@ -55,7 +55,7 @@ def dist_loss(
 
 
 def _one_minus_pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Of (B, D) and (B, D), row by row, averaged over rows."""
+    """1 - correlation of (B, D) with (B, D), row by row, averaged over rows."""
     x, y = (_centred_unit(rows) for rows in (x, y))
     return 1 - (x * y).sum(1).mean()
 

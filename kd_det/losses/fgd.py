@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from kd_det.features.context import valid_mask
+from kd_det.features.context import to_device, valid_mask
 from kd_det.losses._blocks import squared_error
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
@@ -150,7 +151,7 @@ class _GlobalContext(nn.Module):
     def forward(self, x: Tensor, invalid: Optional[Tensor]) -> Tensor:
         """(N, C, H, W), finite where it is invalid, to (N, C)."""
         x = x.flatten(2)
-        logits = self.attention.weight @ x + self.attention.bias
+        logits = F.conv1d(x, self.attention.weight[..., None], self.attention.bias)
         if invalid is not None:
             logits = logits.masked_fill(invalid.flatten(2), torch.finfo(x.dtype).min)
         return self.transform((x @ logits.softmax(2).mT)[:, :, 0])
@@ -217,7 +218,8 @@ class FGDLoss(ConnectedLoss):
             made.append(
                 _region_weights(boxes, context.canvas, size, valid, self.options["alpha"], self.options["beta"])
             )
-        flat = torch.cat([weights.flatten() for weights in made]).to(levels[0].student)
+        student = levels[0].student
+        flat = to_device(torch.cat([weights.flatten() for weights in made]).to(student.dtype), student.device)
         return [x.view(w.shape) for x, w in zip(flat.split([w.numel() for w in made]), made)]
 
     @full_precision

@@ -75,7 +75,7 @@ def margin_relu(teacher: Tensor, margin: Tensor) -> Tensor:
         margin: (C,), the margins m_c, at most 0.
 
     Returns:
-        Of the teacher's shape, in float32 (float64 if the teacher is).
+        A tensor of the teacher's shape, in float32 (float64 if the teacher is).
 
     Raises:
         ValueError: another number of margins than channels.
@@ -337,7 +337,7 @@ def _norm_behind(teacher: nn.Module, tap: str) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: no such norm, or a FrozenBatchNorm2d whose statistics were folded into its weight and bias (all
-            Caffe2 and zoo weights): then they say nothing of the distribution.
+            Caffe2 and zoo weights): then they tell nothing about the distribution.
     """
     block = tap_module(teacher, tap, side="teacher")
     last = getattr(block, "conv3", None) or getattr(block, "conv2", None)

@@ -1,15 +1,14 @@
 """PKD, general distillation framework for object detectors via Pearson correlation coefficient: arXiv 2207.02039."""
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from detectron2.utils import comm
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from kd_det.losses._gradients import with_gradient
 from kd_det.losses._ranks import max_over_ranks, sum_over_ranks
-from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
 
@@ -39,48 +38,39 @@ def pkd_loss(student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = None
     maps = match_maps("pkd_loss", student, teacher, valid, same_channels=True)
     if maps.empty:
         return zero_loss(maps.student)
-    return _OneMinusCorrelation.apply(maps.student, maps.teacher, maps.valid, all_ranks)
+    return with_gradient(maps.student, lambda s: _one_minus_correlation(s, maps, all_ranks))
 
 
-class _OneMinusCorrelation(Function):
+def _one_minus_correlation(student: Tensor, maps: Maps, all_ranks: bool) -> Tuple[Tensor, Tensor]:
     """
-    With z the standardised maps, n the positions of a channel and r its correlation, the gradient of
-    ``mean_c |z_s - z_t|^2 / 2 n`` by the student is ``(r z_s - z_t) / (C n sigma_s)``: it is known once the value is.
+    The loss and its gradient. With z the standardised maps, n the positions of a channel and r its correlation, the
+    gradient of ``mean_c |z_s - z_t|^2 / 2 n`` by the student is ``(r z_s - z_t) / (C n sigma_s)``.
     """
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, valid: Optional[Tensor], all_ranks: bool) -> Tensor:
-        sum_up, peak_of = (sum_over_ranks, max_over_ranks) if all_ranks else (lambda x: x, lambda x: x)
-        n, c, h, w = student.shape
-        s, t = (x.clone() if valid is None else x.masked_fill(~valid, 0) for x in (student, teacher))
-        # The correlation does not depend on the scale: this keeps squares from under- and overflow.
-        peaks = peak_of(torch.stack([torch.linalg.vector_norm(x, torch.inf, (0, 2, 3)) for x in (s, t)]))
-        peaks = peaks.clamp(min=torch.finfo(s.dtype).tiny)
-        for x, peak in zip((s, t), peaks):
-            x.div_(peak[:, None, None])
-        positions = s.new_full((c,), n * h * w) if valid is None else valid.sum().to(s.dtype).expand(c)
-        sums = sum_up(torch.stack([s.sum((0, 2, 3)), t.sum((0, 2, 3)), positions]))
-        count = sums[2].clamp(min=1)
-        for x, mean in zip((s, t), sums[:2] / count):
-            x.sub_(mean[:, None, None])
-            if valid is not None:
-                x.masked_fill_(~valid, 0)
-        products = sum_up(torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((s, s), (t, t), (s, t))])) / count
-        # Below the rounding of the mean, nothing is left but noise: such a channel is constant.
-        varies = products[:2] > (4 * torch.finfo(s.dtype).eps) ** 2
-        inverse = varies * torch.where(varies, products[:2], 1).rsqrt()
-        correlation = products[2] * inverse[0] * inverse[1]
-        s.mul_((correlation * inverse[0])[:, None, None]).sub_(t.mul_(inverse[1][:, None, None]))
-        # DDP averages the ranks' gradients, and each rank has its own positions only.
-        scale = inverse[0] / (peaks[0] * count) * ((comm.get_world_size() if all_ranks else 1) / c)
-        ctx.save_for_backward(s.mul_(scale[:, None, None]))
-        return (varies.sum(0) / 2 - correlation).mean().clamp(min=0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None, None
+    sum_up, peak_of = (sum_over_ranks, max_over_ranks) if all_ranks else (lambda x: x, lambda x: x)
+    n, c, h, w = student.shape
+    invalid = maps.invalid
+    s, t = (x.clone() if invalid is None else x.masked_fill(invalid, 0) for x in (student, maps.teacher))
+    # The correlation does not depend on the scale: this keeps squares from under- and overflow.
+    peaks = peak_of(torch.stack([torch.linalg.vector_norm(x, torch.inf, (0, 2, 3)) for x in (s, t)]))
+    peaks = peaks.clamp(min=torch.finfo(s.dtype).tiny)
+    for x, peak in zip((s, t), peaks):
+        x.div_(peak[:, None, None])
+    positions = s.new_full((c,), n * h * w) if invalid is None else maps.valid.sum().to(s.dtype).expand(c)
+    sums = sum_up(torch.stack([s.sum((0, 2, 3)), t.sum((0, 2, 3)), positions]))
+    count = sums[2].clamp(min=1)
+    for x, mean in zip((s, t), sums[:2] / count):
+        x.sub_(mean[:, None, None])
+        if invalid is not None:
+            x.masked_fill_(invalid, 0)
+    products = sum_up(torch.stack([(x * y).sum((0, 2, 3)) for x, y in ((s, s), (t, t), (s, t))])) / count
+    # Below the rounding of the mean, nothing is left but noise: such a channel is constant.
+    varies = products[:2] > (4 * torch.finfo(s.dtype).eps) ** 2
+    inverse = varies * torch.where(varies, products[:2], 1).rsqrt()
+    correlation = products[2] * inverse[0] * inverse[1]
+    s.mul_((correlation * inverse[0])[:, None, None]).sub_(t.mul_(inverse[1][:, None, None]))
+    # DDP averages the ranks' gradients, and each rank has its own positions only.
+    scale = inverse[0] / (peaks[0] * count) * ((comm.get_world_size() if all_ranks else 1) / c)
+    return (varies.sum(0) / 2 - correlation).mean().clamp(min=0), s.mul_(scale[:, None, None])
 
 
 @DISTILLATION_LOSS_REGISTRY.register()

@@ -1,5 +1,6 @@
 """ReviewKD, distilling knowledge via knowledge review: arXiv 2104.09044."""
 
+import functools
 from collections.abc import Sequence
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -10,7 +11,8 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from kd_det.features.connectors import build_connector
-from kd_det.features.context import valid_sizes
+from kd_det.features.context import to_device, valid_sizes
+from kd_det.losses._gradients import with_gradient
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
@@ -60,18 +62,32 @@ def hierarchical_context_loss(
         return sum(zero_loss(maps.student) for maps in levels)
     if valid_sizes is None:
         valid_sizes = [_valid_sizes(maps) for maps in levels]
-    total = 0.0
-    for maps, pooling in zip(levels, _poolings(levels, valid_sizes)):
-        difference = maps.student - maps.teacher
-        if maps.valid is not None:
-            difference.masked_fill_(maps.invalid, 0)
-        # Pooling is linear, so the pooled maps' difference is the pooled difference: columns first, then rows.
-        n, c, h, w = difference.shape
-        pooled = (difference.flatten(1, 2) @ pooling.columns).view(n, c, h, -1)
-        pooled = pooling.rows @ pooled.transpose(1, 2).flatten(2)
-        total = total + pooling.whole.dot(difference.square().sum((1, 2, 3)))
-        total = total + (pooled.unflatten(2, (c, -1)).square() * pooling.bins).sum()
-    return total
+    poolings = _poolings(levels, valid_sizes)
+    terms = [
+        with_gradient(maps.student, functools.partial(_level_loss, maps, pooling))
+        for maps, pooling in zip(levels, poolings)
+    ]
+    return torch.stack(terms).sum()
+
+
+def _level_loss(maps: Maps, pooling: "_Pooling", student: Tensor) -> Tuple[Tensor, Tensor]:
+    """The loss of a level, a quadratic form of the maps' difference, and its gradient."""
+    difference = (student - maps.teacher).contiguous()
+    if maps.invalid is not None:
+        difference.masked_fill_(maps.invalid, 0)
+    weighted = difference * pooling.whole[:, None, None, None]
+    value = difference.flatten().dot(weighted.flatten())
+    if not pooling.bins.numel():
+        return value, 2 * weighted
+    # Pooling is linear, so the pooled maps' difference is the pooled difference: columns first, then rows.
+    n, c, h, w = difference.shape
+    pooled = (difference.view(n, c * h, w) @ pooling.columns).view(n, c, h, -1)
+    pooled = (pooling.rows @ pooled.transpose(1, 2).flatten(2)).unflatten(2, (c, -1))
+    weighted_pooled = pooled * pooling.bins
+    value = value + pooled.flatten().dot(weighted_pooled.flatten())
+    spread = (pooling.rows.mT @ weighted_pooled.flatten(2)).unflatten(2, (c, -1)).transpose(1, 2).flatten(1, 2)
+    gradient = torch.baddbmm(weighted.view(n, c * h, w), spread, pooling.columns.mT, beta=2, alpha=2)
+    return value, gradient.view_as(difference)
 
 
 class _Pooling(NamedTuple):
@@ -103,15 +119,17 @@ def _valid_sizes(maps: Maps) -> List[Tuple[int, int]]:
 def _poolings(levels: Sequence[Maps], valid_sizes: Sequence[Sequence[Tuple[int, int]]]) -> List[_Pooling]:
     """Made on the host, and copied to the device all at once."""
     made = [_pooling(tuple(maps.student.shape), sizes) for maps, sizes in zip(levels, valid_sizes)]
-    flat = torch.cat([x.flatten() for pooling in made for x in pooling]).to(levels[0].student)
+    student = levels[0].student
+    flat = to_device(torch.cat([x.flatten() for pooling in made for x in pooling]).to(student.dtype), student.device)
     parts = iter(flat.split([x.numel() for pooling in made for x in pooling]))
     return [_Pooling(*(next(parts).view(x.shape) for x in pooling)) for pooling in made]
 
 
 def _pooling(shape: Tuple[int, int, int, int], sizes: Sequence[Tuple[int, int]]) -> _Pooling:
     n, c, h, w = shape
-    bins = [(i, size) for size in _POOLED for i in range(size)]
-    index, size = torch.tensor(bins).unbind(1)
+    largest = max(map(min, sizes))
+    bins = [(i, size) for size in _POOLED if size < largest for i in range(size)]
+    index, size = torch.tensor(bins, dtype=torch.int64).view(-1, 2).unbind(1)
     weights = torch.tensor([_POOLED[s] for _, s in bins], dtype=torch.float64)
     heights, widths = torch.tensor(sizes)[:, :, None].unbind(1)
 
@@ -154,7 +172,7 @@ class _Fusion(nn.Module):
         if self.attention is not None:
             deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
             own, residual = self.attention(torch.cat([x, deeper], dim=1)).sigmoid().split(1, dim=1)
-            x = x * own + deeper * residual
+            x = torch.addcmul(x * own, deeper, residual)
         return self.expand(x), x
 
 

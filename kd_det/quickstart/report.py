@@ -21,7 +21,7 @@ COMPARED_IMAGES = 50
 
 
 def num_parameters(cfg: CfgNode) -> int:
-    """Of the network that is deployed: without teacher and connectors."""
+    """The number of parameters that are deployed: without teacher and connectors."""
     return sum(parameter.numel() for parameter in build_model(student_cfg(cfg)).parameters())
 
 

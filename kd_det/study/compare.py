@@ -48,7 +48,7 @@ def _mean_and_spread(values: np.ndarray) -> str:
 
 
 def _check_folder(run: Run) -> None:
-    """Run.complete would remove an older run: let it be no more than the log of one that failed."""
+    """Run.complete removes an older run: only the log of one that failed may be there."""
     is_trained = os.path.isfile(os.path.join(run.output_dir, "last_checkpoint"))
     if run.holds_other_files() or (is_trained and run.state() == "new"):
         raise UserError(

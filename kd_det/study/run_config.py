@@ -15,7 +15,8 @@ __all__ = ["holds_config", "used_config"]
 def used_config(cfg: CfgNode) -> CfgNode:
     """
     A copy without the nodes of losses that the config does not name, of the pretraining stage unless it is one, of timm
-    unless a network comes from it, and, for a plain student, of distillation.
+    unless a network comes from it, and, for a plain student, of distillation. No two keys share a list, so that its
+    dump has no anchors.
     """
     ret = cfg.clone()
     ret.defrost()
@@ -30,8 +31,22 @@ def used_config(cfg: CfgNode) -> CfgNode:
         ret.pop("CLASSIFICATION", None)
     if not ret.MODEL.get("TIMM", {}).get("NAME"):
         ret.MODEL.pop("TIMM", None)
+    _unshare(ret)
     ret.freeze()
     return ret
+
+
+def _unshare(node: CfgNode) -> None:
+    """Give each key a list of its own: equal literals may be one object, to which YAML would refer by an anchor."""
+
+    def fresh(value):
+        return type(value)([fresh(item) for item in value]) if isinstance(value, (list, tuple)) else value
+
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            _unshare(value)
+        else:
+            node[key] = fresh(value)
 
 
 def holds_config(output_dir: str, cfg: CfgNode) -> bool:

@@ -97,7 +97,7 @@ class Run:
 
     def complete(self, *, log: int | None = None) -> None:
         """
-        Train it, resume it, or leave it as it is, whichever its state asks for, and say so. An older run in its folder
+        Train it, resume it, or leave it as it is, by its state, and print which. An older run in its folder
         is removed.
 
         Args:

@@ -77,7 +77,7 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
 
     Returns:
         The teacher's own meta-architecture, in eval mode, without gradients, on ``MODEL.DEVICE``. Its
-        ``input_format`` says the channel order it wants.
+        ``input_format`` is its channel order.
 
     Raises:
         ValueError: an unknown config or meta-architecture, or weights that are missing, misshapen or left over.

@@ -115,7 +115,7 @@ class Teacher:
 
     @contextlib.contextmanager
     def running(self, batched_inputs: List[Dict]):
-        """Inside, the student's forward on these inputs runs the teacher first; then :meth:`pop` has its maps."""
+        """A context: the student's forward on these inputs runs the teacher first, and :meth:`pop` gives its maps."""
         self._pending, self._maps = batched_inputs, None
         try:
             yield

@@ -255,9 +255,7 @@ def _needs(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(packages - {"detectron2", "torch", "fvcore", "torchvision"}))
 
 
-def _readme(
-    cfg: CfgNode, report: ExportReport, half: bool, fields: list[str], size: int, classes: list[str]
-) -> str:
+def _readme(cfg: CfgNode, report: ExportReport, half: bool, fields: list[str], size: int, classes: list[str]) -> str:
     timm, backbone_file = _uses_timm(cfg), _backbone_file(cfg)
     needs = " and ".join(("Detectron2", *report.needs)) + ", not kd_det"
     imports = ""

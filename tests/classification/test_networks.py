@@ -51,8 +51,9 @@ def test_a_named_resnet_says_what_its_source_says(tmp_path, library, create):
         x = ((image / 255 - MEAN) / STD)[None]
         expected = network(x).softmax(1)[0]
         assert torch.allclose(found([{"image": image}])[0]["scores"], expected, atol=1e-5)
-        pre_activation = Teacher(found, ["res4.pre_activation", "linear"])
-        maps, _ = pre_activation([{"image": image.flip(0)}], input_format="BGR", canvas=(64, 64), device=x.device)
+        student = build_model(classifier_cfg())
+        runner = Teacher(found, ["res4.pre_activation", "linear"], student=student, input_format="BGR")
+        maps = runner([{"image": image.flip(0)}], x.device).features
         assert torch.allclose(maps["res4.pre_activation"][0].relu(), features(network, x)["res4"], atol=1e-4)
         assert torch.allclose(maps["linear"][0], network(x), atol=1e-4)
     assert found.input_format == "RGB"
@@ -75,9 +76,8 @@ def test_a_named_network_is_taken_whole(tmp_path, name, create, level, module):
         x = ((image / 255 - MEAN) / STD)[None]
         x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)  # its own input size
         expected = network(x)
-    maps, _ = Teacher(found, [level, "linear"])(
-        [{"image": image}], input_format="RGB", canvas=(48, 48), device=x.device
-    )
+    runner = Teacher(found, [level, "linear"], student=build_model(classifier_cfg()), input_format="RGB")
+    maps = runner([{"image": image}], x.device).features
     assert torch.allclose(maps["linear"][0], expected, atol=1e-4)
     assert torch.allclose(maps[level][0], seen[0], atol=1e-4)
 
@@ -138,7 +138,7 @@ def test_weights_are_asked_for_and_checked(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         teacher("torchvision://resnet18", tmp_path / "none.pth")
     weights = save(torchvision.models.resnet18(num_classes=3), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="The weights classify 3 classes, not 1000"):
+    with pytest.raises(ValueError, match="do not fit .*; they classify 3 classes, not 1000"):
         teacher("torchvision://resnet18", weights)
     weights = save(torchvision.models.resnet34(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match="do not fit the teacher 'torchvision://resnet18': .*unexpected"):

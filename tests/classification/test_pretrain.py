@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -12,14 +11,12 @@ from detectron2.modeling import build_model
 from kd_det import student_cfg
 from kd_det.classification.data import register_image_folder
 from kd_det.classification.trainer import ClassificationTrainer, check_trainer
-from kd_det.cli import run_tool
+from kd_det.cli import pretrain, weights
 from kd_det.engine import Trainer, evaluate
 from kd_det.weights.backbone_file import check_normalisation
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg, images, set_options, write_folder
 from tests.tiny import tiny_cfg
 from tests.tiny_run import differing, train
-
-TOOL = Path(__file__).parents[2] / "tools" / "pretrain_backbone.py"
 
 
 @pytest.fixture
@@ -126,24 +123,11 @@ def test_mixed_images_reach_the_teacher(tmp_path, folder):
     assert torch.equal(seen["student"], seen["teacher"])
 
 
-def load_tool(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool(TOOL)
-
-
 def test_weights_are_suggested(tmp_path, folder, capsys):
     cfg = run_cfg(tmp_path, folder, "NST", "SoftTarget", KD__NST__WEIGHT=3.0)
     (tmp_path / "run.yaml").write_text(cfg.dump())
-    suggest = load_tool(TOOL.with_name("suggest_weights.py"))
     argv = ["--config-file", str(tmp_path / "run.yaml"), "--batches", "2", "--share", "0.25"]
-    suggest.main(suggest.parse_arguments(suggest.get_parser(), argv))
+    weights.main(argv)
     *table, line = capsys.readouterr().out.splitlines()
     rows = {row.split()[0]: row.split()[1:] for row in table[2:]}
     assert list(rows) == ["task", "nst", "soft_target"] and rows["nst"][0] == "3"
@@ -153,16 +137,15 @@ def test_weights_are_suggested(tmp_path, folder, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_pairs_may_follow_the_compared_configs(tool, monkeypatch):
+def test_pairs_may_follow_the_compared_configs(monkeypatch):
     seen = []
 
-    def compare(files, seeds, opts, *, tool, num_gpus):
+    def planned_runs(files, seeds, opts, *, num_gpus):
         seen.extend([files, seeds, opts])
-        return ""
 
-    monkeypatch.setattr(tool, "compare", compare)
-    argv = ["--seeds", "0", "3", "--compare", "a.yaml", "b.yaml", "OUTPUT_DIR", "x", "SOLVER.MAX_ITER", "5"]
-    tool.check_and_launch(tool.parse_arguments(tool.get_parser(), argv))
+    monkeypatch.setattr(pretrain, "planned_runs", planned_runs)
+    monkeypatch.setattr(pretrain, "compare", lambda runs: "")
+    pretrain.main(["--seeds", "0", "3", "--compare", "a.yaml", "b.yaml", "OUTPUT_DIR", "x", "SOLVER.MAX_ITER", "5"])
     assert seen == [["a.yaml", "b.yaml"], [0, 3], ["OUTPUT_DIR", "x", "SOLVER.MAX_ITER", "5"]]
 
 
@@ -173,10 +156,10 @@ def test_pairs_may_follow_the_compared_configs(tool, monkeypatch):
         (["--num-machines", "2", "--dist-url", "tcp://localhost:1"], "on one machine"),
     ],
 )
-def test_what_does_not_go_with_compare(tool, argv, message):
-    args = tool.parse_arguments(tool.get_parser(), [*argv, "--compare", "a.yaml"])
-    with pytest.raises(ValueError, match=message):
-        tool.check_and_launch(args)
+def test_what_does_not_go_with_compare(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main([*argv, "--compare", "a.yaml"])
+    assert message in capsys.readouterr().err
 
 
 def empty_class(cfg, root):
@@ -224,13 +207,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_before_training(tmp_path, folder, tool, capsys, change, message):
+def test_bad_input_is_one_line_before_training(tmp_path, folder, capsys, change, message):
     cfg = run_cfg(tmp_path, folder, "SoftTarget")
     change(cfg, tmp_path)
     (tmp_path / "run.yaml").write_text(cfg.dump())
-    args = tool.parse_arguments(tool.get_parser(), ["--config-file", str(tmp_path / "run.yaml")])
     with pytest.raises(SystemExit) as exit_:
-        run_tool(tool.check_and_launch, args)
+        pretrain.main(["--config-file", str(tmp_path / "run.yaml")])
     assert exit_.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line

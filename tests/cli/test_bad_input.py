@@ -60,7 +60,10 @@ def test_the_run_is_fine(run):
 
 OPTIONS = {
     # The losses.
-    "unknown loss": (["KD.LOSSES", "('NTS',)"], "Unknown distillation loss 'NTS'. Did you mean 'NST'.*--import MODULE, or KD.IMPORTS"),
+    "unknown loss": (
+        ["KD.LOSSES", "('NTS',)"],
+        "Unknown distillation loss 'NTS'. Did you mean 'NST'.*--import MODULE, or KD.IMPORTS",
+    ),
     "loss twice": (["KD.LOSSES", "('NST','NSTLoss')"], "names NSTLoss more than once"),
     "losses no list": (["KD.LOSSES", "NST"], "KD.LOSSES"),
     "losses a number": (["KD.LOSSES", "3"], "KD.LOSSES"),

@@ -1,7 +1,5 @@
 """Every LazyConfig is loaded, built and run for one training step, with shallow networks (at full depth as `slow`)."""
 
-import argparse
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,8 @@ from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 
 from kd_det import Distiller
+from kd_det.cli import argument_parser, parse_arguments
+from kd_det.cli.lazy_config import load_lazy_config
 from tests.configs.test_configs import training_batch
 from tests.tiny import tiny_cfg
 
@@ -85,10 +85,6 @@ TRAINABLE = "dataloader = lr_multiplier = model = optimizer = train = {}"
     ],
 )
 def test_a_config_that_the_tool_cannot_use(tmp_path, text, opts, message):
-    path = Path(__file__).parents[2] / "tools/lazyconfig_train_net.py"
-    spec = importlib.util.spec_from_file_location("lazyconfig_train_net", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     (tmp_path / "config.py").write_text(text)
     with pytest.raises(ValueError, match=message):
-        tool.load_config(argparse.Namespace(config_file=str(tmp_path / "config.py"), opts=opts))
+        load_lazy_config(parse_arguments(argument_parser(), ["--config-file", str(tmp_path / "config.py"), *opts]))

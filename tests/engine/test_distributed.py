@@ -20,7 +20,6 @@ from detectron2.utils.events import EventStorage
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_det import student_cfg
 from kd_det.cli import launch
 from kd_det.cli.launch import _create_local_process_group
 from kd_det.engine import RESUMABLE, Trainer
@@ -426,19 +425,19 @@ def launch_args(tmp_path, **values) -> SimpleNamespace:
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_processes_on_the_cpu_find_each_other_also_beside_a_gpu(tmp_path, monkeypatch, has_gpu):  # D38
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    cfg = tiny_cfg(OUTPUT_DIR=str(tmp_path / "out"))
-    launch(_note_backend, launch_args(tmp_path), cfg)
+
+    launch(_note_backend, launch_args(tmp_path), output_dir=str(tmp_path / "out"), device="cpu")
     assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == ["gloo 0", "gloo 1"]
 
 
 def test_torchrun_on_the_cpu_of_a_machine_with_a_gpu(tmp_path):  # D38
-    cfg, port = tiny_cfg(OUTPUT_DIR=str(tmp_path / "out")), free_port()
+    port = free_port()
 
     def join(rank: int):
         torch.cuda.is_available = lambda: True
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        launch(_note_backend, launch_args(tmp_path), cfg)
+        launch(_note_backend, launch_args(tmp_path), output_dir=str(tmp_path / "out"), device="cpu")
 
     processes = [multiprocessing.get_context("fork").Process(target=join, args=(rank,)) for rank in range(2)]
     for process in processes:
@@ -452,7 +451,7 @@ def resume_with_another_folder(cfg):
     if comm.get_rank() == 1:  # another machine's disk
         cfg.OUTPUT_DIR += "_of_the_other_machine"
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    with pytest.raises(ValueError, match=r"rank 0 on .*: model_final.pth, rank 1 on .*: none.*shared or copied"):
+    with pytest.raises(ValueError, match="holds a checkpoint, but not on the machines"):
         Trainer(cfg).resume_or_load(resume=True)
     return {"refused": True}
 
@@ -461,22 +460,3 @@ def test_a_machine_without_the_checkpoint_is_said_on_all(tmp_path):  # D39: one 
     cfg = run_cfg(tmp_path, SOLVER__IMS_PER_BATCH=4, SOLVER__MAX_ITER=2)
     on_two_ranks(tmp_path, train_one_rank, cfg)
     assert on_two_ranks(tmp_path, resume_with_another_folder, cfg) == [{"refused": True}] * 2
-
-
-def load_missing_weights(cfg):
-    if comm.get_rank() == 1:
-        cfg.MODEL.WEIGHTS += ".of_the_other_machine"
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
-    return dict(trainer.model.module.state_dict())
-
-
-def test_weights_on_the_first_machine_only_reach_all(tmp_path):  # D39: one rank raised, the others waited
-    cfg = student_cfg(run_cfg(tmp_path, SOLVER__IMS_PER_BATCH=4))
-    cfg.defrost()
-    torch.manual_seed(5)
-    weights = build_model(cfg).state_dict()
-    torch.save({"model": weights}, tmp_path / "w.pth")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "w.pth")
-    for rank in on_two_ranks(tmp_path, load_missing_weights, cfg):
-        assert differing(rank, dict(weights)) == []

@@ -274,8 +274,6 @@ def asked_in_a_restartable_part(signum):
 # Resuming with another config.
 
 
-
-
 def test_a_changed_learning_rate_is_said_and_applied_on_request(tmp_path, caplog):  # D12
     cfg = run_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__WARMUP_ITERS=0)
     train(cfg)

@@ -1,12 +1,9 @@
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from kd_det.cli import argument_parser, parse_arguments
+from kd_det.cli import taps as command
 from kd_det.features.tap_table import TapInfo, format_taps, input_size, list_taps
 from kd_det.features.taps import Taps
 from tests.tiny import tiny_cfg
@@ -65,13 +62,12 @@ def test_table():
 
 def test_the_tool_reads_no_weights(tmp_path, capsys):
     """Neither the teacher's nor timm's need to be there."""
-    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools/list_taps.py"))
     timm = {"MODEL__BACKBONE__NAME": "build_timm_fpn_backbone", "MODEL__TIMM__NAME": "test_resnet"}
     cfg = tiny_cfg(**timm, MODEL__TIMM__WEIGHTS="nowhere.pth", MODEL__FPN__IN_FEATURES=["res2", "res3", "res4", "res5"])
     (tmp_path / "student.yaml").write_text(cfg.dump())
     (tmp_path / "teacher.yaml").write_text(tiny_cfg(depth=50).dump())
     arguments = ["--config-file", str(tmp_path / "student.yaml"), "--teacher", str(tmp_path / "teacher.yaml")]
-    tool["main"](parse_arguments(argument_parser(), arguments))
+    command.main(arguments)
     student, teacher = capsys.readouterr().out.split("teacher, for images of")
     assert "res4.0.pre_activation" in teacher
     assert "\nbackbone.bottom_up.network.layer4.0.pre_activation " in student and "\nres5.pre_activation " in student

@@ -91,6 +91,7 @@ def test_a_level_is_fused_with_the_deeper_ones():
 
 def test_in_a_detector_every_parameter_is_trained(tmp_path):
     model = build_model(distillation_cfg(tmp_path, "ReviewKD", KD__REVIEW_KD__MID_CHANNELS=8)).train()
+    assert len(model.losses["review_kd"].fusions) == 5  # D43: the published weight is for p2 to p6
     model(batch())["loss_review_kd"].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.losses["review_kd"].parameters())
     with pytest.raises(ValueError, match="mid_channels must be at least 1, found 0"):

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,12 +8,9 @@ import cv2
 import pytest
 import yaml
 
+from kd_det.cli import argument_parser, load_config, parse_arguments, quickstart
+
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/quickstart.py"
-spec = importlib.util.spec_from_file_location("quickstart", TOOL)
-quickstart = importlib.util.module_from_spec(spec)
-sys.modules["quickstart"] = quickstart  # dataclasses look their module up
-spec.loader.exec_module(quickstart)
 
 
 def test_alone_and_distilled_differ_in_the_teacher_only(tmp_path):
@@ -23,8 +19,7 @@ def test_alone_and_distilled_differ_in_the_teacher_only(tmp_path):
     assert list(pairs) == [0, 5]
     alone, distilled = pairs[5]
     at = distilled.command.index("--teacher")
-    command = [x for i, x in enumerate(distilled.command) if not at <= i < at + 4]
-    assert command[:-1] == alone.command[:-1]  # the last is the folder
+    assert [x for i, x in enumerate(distilled.command) if not at <= i < at + 6] == alone.command
     assert distilled.command[at + 3] == teacher.weights and teacher.weights in distilled.inputs
     assert "5" == alone.command[alone.command.index("SEED") + 1]
     assert "7" == teacher.command[teacher.command.index("SOLVER.MAX_ITER") + 1]
@@ -34,10 +29,10 @@ def test_the_distilled_config_is_what_the_arguments_make(tmp_path):
     """configs/Quickstart/student_distilled.yaml, with KD keys, and --teacher, without: the same run."""
     args = Namespace(output="output/quickstart", seeds=[0], opts=[])
     _, pairs = quickstart.plan(args, str(tmp_path))
-    by_arguments = pairs[0][1].cfg()
-    config_file = os.path.join(quickstart.CONFIGS, "student_distilled.yaml")
-    arguments = ["--config-file", config_file, "SEED", "0"]
-    written = quickstart.Run("x", "tools/train_net.py", by_arguments.OUTPUT_DIR, arguments).cfg()
+    by_arguments = pairs[0][1].cfg
+    arguments = ["--config-file", str(ROOT / "configs/Quickstart/student_distilled.yaml"), "SEED", "0"]
+    options = ["OUTPUT_DIR", by_arguments.OUTPUT_DIR]
+    written = load_config(parse_arguments(argument_parser(), [*arguments, *options]))
     by_arguments, written = (yaml.safe_load(cfg.dump()) for cfg in (by_arguments, written))
     for kd in (by_arguments["KD"], written["KD"]):
         assert [loss.removesuffix("Loss") for loss in kd.pop("LOSSES")] == ["NST", "SoftTarget"]
@@ -48,11 +43,10 @@ def test_the_distilled_config_is_what_the_arguments_make(tmp_path):
 @pytest.mark.slow
 def test_the_whole_quickstart_twice(tmp_path):
     tiny = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
-    code = f"""
-import sys; sys.path.insert(0, {str(TOOL.parent)!r})
-import quickstart as q
+    code = """
+from kd_det.cli import quickstart as q
 q.DATASET = "--num-train 8 --num-val 6 --size 64 --num-crops 0 --num-val-crops 0".split()
-q.run_tool(q.main, q.get_parser().parse_args(sys.argv[1:]))
+q.main()
 """
 
     def go():
@@ -60,7 +54,7 @@ q.run_tool(q.main, q.get_parser().parse_args(sys.argv[1:]))
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     out = go()
-    assert out.count("$ python tools/train_net.py") == 5 and "reused" not in out
+    assert out.count("$ python -m kd_det train") == 5 and "reused" not in out
     assert "loads strictly, and gives the same" in out
     assert (tmp_path / "table.md").read_text().strip() in out
     # 6 images, each 320 pixels high: ground truth, teacher, alone, distilled
@@ -68,4 +62,4 @@ q.run_tool(q.main, q.get_parser().parse_args(sys.argv[1:]))
     assert "KD" not in yaml.safe_load((tmp_path / "plain_student.yaml").read_text())
 
     out = go()
-    assert "$ python tools/train_net.py" not in out and out.count("is there, reused") == 5
+    assert "$ python -m kd_det train" not in out and out.count("is there, reused") == 5

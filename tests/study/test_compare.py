@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd_det.cli import argument_parser, load_config, parse_arguments
+from kd_det.cli import argument_parser, load_config, parse_arguments, pretrain
 from kd_det.errors import UserError
 from kd_det.study import compare as module
 from kd_det.study import runs
@@ -21,8 +21,9 @@ def commands(tmp_path, monkeypatch):
     seen = []
 
     def run_command(command, log=None):
-        seen.append(command)
-        args = parse_arguments(argument_parser(), command[1:])
+        assert command[:3] == ["-m", "kd_det", "pretrain"]
+        seen.append(command[3:])
+        args = parse_arguments(argument_parser(), command[3:])
         cfg = load_config(args)
         folder = Path(cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,7 @@ def commands(tmp_path, monkeypatch):
         (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     monkeypatch.setattr(runs, "run_command", run_command)
-    monkeypatch.setattr(module, "check_run", lambda cfg, args: None)
+    monkeypatch.setattr(pretrain, "check_run", lambda cfg, args: cfg)
     for name in TOP1:
         keys = {"OUTPUT_DIR": f"out/{name}", "MODEL": {"META_ARCHITECTURE": "ImageClassifier"}, "VERSION": 2}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(keys))
@@ -43,7 +44,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def compare(names, seeds, opts=(), **kwargs):
-    return module.compare([f"{name}.yaml" for name in names], seeds, opts, tool="tool.py", **kwargs)
+    return module.compare(pretrain.planned_runs([f"{name}.yaml" for name in names], seeds, list(opts), **kwargs))
 
 
 def rows(table):
@@ -64,7 +65,7 @@ def test_complete_runs_are_read_and_interrupted_ones_resumed(commands, capsys):
     assert "out/at/seed_0/model_final.pth is there, reused" in capsys.readouterr().out
     os.remove("out/at/seed_0/model_final.pth")
     assert compare(["at"], [0]) == first
-    assert commands[1] == ["tool.py", "--resume", *commands[0][1:]]
+    assert commands[1] == ["--resume", *commands[0]]
 
 
 def test_a_run_of_another_schedule_is_neither_read_nor_removed(commands):
@@ -106,7 +107,7 @@ def test_a_student_of_a_replaced_teacher_is_not_read(commands, tmp_path):
 def test_options_reach_every_run(commands):
     compare(["at", "nst"], [3], ["OUTPUT_DIR", "elsewhere"], num_gpus=2)
     assert sorted(os.listdir("elsewhere")) == ["at", "nst"] and os.path.isdir("elsewhere/nst/seed_3")
-    assert all(command[1:3] == ["--num-gpus", "2"] for command in commands)
+    assert all(command[:2] == ["--num-gpus", "2"] for command in commands)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_every_config_is_checked_before_the_first_run(commands, monkeypatch):
         if args.config_file == "nst.yaml":
             raise UserError("its teacher is not there")
 
-    monkeypatch.setattr(module, "check_run", check_run)
+    monkeypatch.setattr(pretrain, "check_run", check_run)
     with pytest.raises(ValueError, match="^nst.yaml: its teacher is not there"):
         compare(["at", "nst"], [0])
     assert not commands
@@ -136,5 +137,5 @@ def test_every_config_is_checked_before_the_first_run(commands, monkeypatch):
 
 def test_a_config_without_a_folder(commands, tmp_path):
     (tmp_path / "at.yaml").write_text("VERSION: 2\n")
-    with pytest.raises(ValueError, match="at.yaml sets no OUTPUT_DIR"):
+    with pytest.raises(ValueError, match="at.yaml: it sets no OUTPUT_DIR"):
         compare(["at"], [0])

@@ -1,10 +1,13 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from kd_det.cli import argument_parser, load_config, parse_arguments
 from kd_det.study import Run, read_metrics, run_command, runs
+from kd_det.study.run_config import used_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "Quickstart" / "student_R_18_FPN.yaml"
 
@@ -15,10 +18,19 @@ def run(tmp_path):
     data = tmp_path / "dataset.json"
     data.write_text("{}")
     os.utime(data, (1, 1))
-    run = Run("x", "tool.py", str(tmp_path / "x"), ["--config-file", str(CONFIG), "SEED", "3"], [str(data)])
+    run = planned(["--config-file", str(CONFIG), "SEED", "3"], str(tmp_path / "x"), [str(data)])
     Path(run.output_dir).mkdir()
-    Path(run.output_dir, "config.yaml").write_text(run.cfg().dump())
+    Path(run.output_dir, "config.yaml").write_text(run.cfg.dump())
     return run
+
+
+def planned(arguments, output_dir, inputs=()) -> Run:
+    cfg = load_config(parse_arguments(argument_parser(), [*arguments, "OUTPUT_DIR", output_dir]))
+    return Run("x", ["train", *arguments], cfg, list(inputs))
+
+
+def other(run, *pairs) -> Run:
+    return planned([*run.command[1:], *pairs], run.output_dir, run.inputs)
 
 
 def write(folder, *lines):
@@ -49,8 +61,7 @@ def test_a_run_is_resumed_until_it_is_evaluated(run):
 
 def test_a_finished_run_is_made_anew_for_another_config_or_younger_inputs(run):
     finish(run)
-    other = Run("x", "tool.py", run.output_dir, [*run.arguments, "SOLVER.MAX_ITER", "7"], run.inputs)
-    assert (run.state(), other.state()) == ("finished", "new")
+    assert (run.state(), other(run, "SOLVER.MAX_ITER", "7").state()) == ("finished", "new")
     os.utime(run.inputs[0])
     os.utime(run.weights, (2, 2))
     assert run.state() == "new"
@@ -59,25 +70,16 @@ def test_a_finished_run_is_made_anew_for_another_config_or_younger_inputs(run):
     assert run.state() == "new"  # nor is it resumed
 
 
-def test_a_wrong_config_removes_nothing(run):
+@pytest.mark.parametrize("written", [lambda cfg: cfg, used_config])
+def test_the_weight_of_a_loss_matters_where_it_is_named(run, written):
+    """Also where the folder was written with the nodes of all losses, as it once was."""
     finish(run)
-    other = Run("x", "tool.py", run.output_dir, [*run.arguments, "SOLVER.NO_SUCH_KEY", "7"], run.inputs)
-    with pytest.raises(ValueError, match="NO_SUCH_KEY"):
-        other.complete()
-    assert Path(run.weights).exists()
-
-
-def test_the_weight_of_a_loss_matters_where_it_is_named(run, tmp_path):
-    def other(*pairs):
-        return Run("x", "tool.py", run.output_dir, [*run.arguments, *pairs], run.inputs)
-
-    finish(run)
-    assert other("KD.NST.WEIGHT", "3.0").state() == "finished"  # a plain student
+    assert other(run, "KD.NST.WEIGHT", "3.0").state() == "finished"  # a plain student
     distilled = ["MODEL.META_ARCHITECTURE", "Distiller", "KD.LOSSES", "('NST',)"]
-    Path(run.output_dir, "config.yaml").write_text(other(*distilled).cfg().dump())
-    assert other(*distilled, "KD.OVERHAUL.WEIGHT", "3.0").state() == "finished"
-    assert other(*distilled, "KD.NST.WEIGHT", "3.0").state() == "new"
-    assert other(*distilled, "KD.TEACHER.WEIGHTS", "other.pth").state() == "new"
+    Path(run.output_dir, "config.yaml").write_text(written(other(run, *distilled).cfg).dump())
+    assert other(run, *distilled, "KD.OVERHAUL.WEIGHT", "3.0").state() == "finished"
+    assert other(run, *distilled, "KD.NST.WEIGHT", "3.0").state() == "new"
+    assert other(run, *distilled, "KD.TEACHER.WEIGHTS", "other.pth").state() == "new"
     Path(run.output_dir, "config.yaml").write_text("VERSION: 2\n")
     assert run.state() == "new"
 
@@ -90,12 +92,13 @@ def test_what_is_there_is_not_trained_again(run, monkeypatch, capsys):
     assert commands == [] and f"{run.weights} is there, reused" in capsys.readouterr().out
     Path(run.output_dir, "metrics.json").unlink()
     run.complete()
-    assert commands.pop() == ["tool.py", "--resume", *run.command[1:]]
+    arguments = [*run.command[1:], "OUTPUT_DIR", run.output_dir]
+    assert commands.pop() == ["-m", "kd_det", "train", "--resume", *arguments]
     os.utime(run.weights, (0, 0))
     run.complete()
-    assert commands.pop() == run.command and not Path(run.output_dir).exists()
+    assert commands.pop() == ["-m", "kd_det", "train", *arguments] and not Path(run.output_dir).exists()
     run.complete()
-    assert commands.pop() == run.command
+    assert commands.pop() == ["-m", "kd_det", "train", *arguments]
     Path(run.output_dir).mkdir()
     Path(run.output_dir, "thesis.txt").touch()
     with pytest.raises(ValueError, match="holds files, but no run"):
@@ -105,7 +108,7 @@ def test_what_is_there_is_not_trained_again(run, monkeypatch, capsys):
 
 def test_a_failing_command_is_one_line_for_the_user(tmp_path, capfd):
     (tmp_path / "tool.py").write_text("import sys; print('a log'); sys.exit(int(sys.argv[1]))")
-    with pytest.raises(ValueError, match=r"tool.py ended with exit status 3; run this again"):
+    with pytest.raises(ValueError, match=r"tool.py 3 ended with exit status 3; run this again"):
         run_command([str(tmp_path / "tool.py"), "3"])
     assert "a log" in capfd.readouterr().out
     with open(tmp_path / "log", "w") as log:
@@ -137,3 +140,14 @@ def test_a_line_that_a_kill_cut_off_is_skipped(tmp_path):
     with open(tmp_path / "metrics.json", "a") as f:
         f.write('{"iteration": 60, "bbox/A')
     assert read_metrics(str(tmp_path)) == {"bbox/AP": 10.0, "time": 0.5}
+
+
+def test_the_config_of_a_run_holds_what_the_run_uses(tmp_path):
+    """D52: neither nodes of other losses nor YAML's references from one loss to another."""
+    distilled = ["MODEL.META_ARCHITECTURE", "Distiller", "KD.LOSSES", "('NST','PKD')"]
+    plain = planned(["--config-file", str(CONFIG)], str(tmp_path)).cfg
+    cfg = planned(["--config-file", str(CONFIG), *distilled], str(tmp_path)).cfg
+    assert {"NST", "PKD", "TEACHER"} <= set(used_config(cfg).KD) and "AT" not in used_config(cfg).KD
+    assert set(used_config(plain).KD) == {"IMPORTS", "NON_FINITE"} and "AT" in plain.KD
+    for text in (used_config(cfg).dump(), used_config(plain).dump()):
+        assert not re.search(r"[&*]id\d", text)

@@ -9,7 +9,7 @@ __all__ = ["naming"]
 
 @contextlib.contextmanager
 def naming(what: str, *errors: type[Exception]):
-    """Detectron2's builders raise all of these for a name or a number that cannot be; names what they built."""
+    """Detectron2's builders raise all of these for a name or a number out of range; names what they built."""
     try:
         yield
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError, *errors) as e:

@@ -1,7 +1,6 @@
 """What the config does to an image, and the data sets of a detector's run."""
 
-from detectron2.data import DatasetMapper
-from detectron2.data import build as detectron2_build
+from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from PIL import Image
@@ -28,7 +27,7 @@ def check_input(run: PlannedRun) -> None:
             augmentation(T.AugInput(image.astype("uint8")))
     if run.trains:
         with preserved_random_state(), naming("the train loader (DATALOADER.*)", ValueError):
-            detectron2_build._train_loader_from_config(cfg, mapper=lambda x: x, dataset=[{"annotations": []}])
+            build_detection_train_loader(cfg, mapper=lambda x: x, dataset=[{"annotations": []}])
 
 
 def check_datasets(run: PlannedRun) -> None:

@@ -2,8 +2,8 @@
 Turn weights of torchvision or timm into a file that Detectron2 loads as a detector's backbone: of a ResNet (also
 ResNeXt and wide) for Detectron2's own, of any other network for kd_det's timm backbone.
 
-    kd-det convert-backbone resnet18-f37072fd.pth R-18.pkl
-    kd-det convert-backbone mobilenet_v2-b0353104.pth MobileNetV2.pkl --for mobilenetv2_100
+    kd-det convert resnet18-f37072fd.pth R-18.pkl
+    kd-det convert mobilenet_v2-b0353104.pth MobileNetV2.pkl --for mobilenetv2_100
 
 Prints the config keys that fit the file. Mean and std default to those of both libraries' ImageNet weights.
 """
@@ -16,7 +16,7 @@ from kd_det.weights.backbone_file import IMAGENET_METADATA, save_backbone
 from kd_det.weights.convert import convert_for_timm, convert_resnet, resnet_options
 from kd_det.weights.files import read_weights
 
-__all__ = ["main"]
+__all__ = ["get_parser", "main"]
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"  MODEL.PIXEL_STD {args.pixel_std}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = describe(argparse.ArgumentParser(), __doc__)
     parser.add_argument("weights", help="a state dict: .pth, .pt or .safetensors")
     parser.add_argument("output", help="file to write, .pkl")
@@ -48,4 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         option = "--" + name.replace("_", "-")
         text = "one number a channel, in 0..255, default %(default)s"
         parser.add_argument(option, nargs=3, type=float, default=IMAGENET_METADATA[name], help=text)
-    run_tool(_convert, parser.parse_args(argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_tool(_convert, get_parser().parse_args(argv))

@@ -1,0 +1,239 @@
+"""The command line from outside: a project's modules, a run that is checked, logged and repeated, and every command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+
+from kd_det.cli import add_teacher, argument_parser, check_run, load_config, parse_arguments
+from kd_det.cli import main as console
+from kd_det.config_file import CONFIGS, find_config
+from tests.tiny import distillation_cfg, tiny_cfg
+from tests.tiny_run import run_cfg
+
+ROOT = Path(__file__).parents[2]
+
+PROJECT = """
+import os
+from detectron2.config import configurable
+from detectron2.data.datasets import register_coco_instances
+from kd_det import DISTILLATION_LOSS_REGISTRY, DistillationLoss, add_loss_config
+import tests.tiny
+
+FOLDER = os.path.join(os.path.dirname(__file__), "images")
+register_coco_instances("trees", {}, FOLDER + "/annotations.json", FOLDER)
+
+
+def add_edge_config(cfg):
+    add_loss_config(cfg, "EDGE", weight=1.0, taps=("p2",)).POWER = 2
+
+
+@DISTILLATION_LOSS_REGISTRY.register()
+class EdgeLoss(DistillationLoss):
+    name = "edge"
+
+    @configurable
+    def __init__(self, *, power, **kwargs):
+        super().__init__(**kwargs)
+        self.power = power
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        return {**super().from_config(cfg, student, teacher), "power": cfg.KD.EDGE.POWER}
+
+    def forward(self, student, teacher, context):
+        return sum((s.mean() - t.mean()).abs() ** self.power for s, t in zip(student, teacher))
+"""
+
+
+def run(folder: Path, *command: str, status: int = 0) -> str:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", *command]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stderr if status else done.stdout
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with a data set, a loss of its own, and a config of a run of two steps."""
+    cfg = run_cfg(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), OUTPUT_DIR="out")
+    content = yaml.safe_load(cfg.dump())
+    content["DATASETS"].update(TRAIN=["trees"], TEST=["trees"])
+    content["KD"].update(LOSSES=["Edge"], EDGE={"POWER": 4}, IMPORTS=["trees.py"])
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "trees.py").write_text(PROJECT)
+    return tmp_path
+
+
+def test_a_project_trains_by_its_config_alone_and_its_folder_is_kept(project):
+    """D44, D47, D52: modules beside the config, a second run into the folder, what the log says."""
+    train = ("-m", "kd_det", "train", "--config-file")
+    (project / "elsewhere").mkdir()
+    run(project / "elsewhere", *train, "../distill.yaml", "OUTPUT_DIR", "../out")
+    log = (project / "out/log.txt").read_text()
+    table = log[log.index("student <- teacher") :]
+    assert "p2 (8 channels, stride 4) <- p2 (8 channels, stride 4)" in table[:500] and "edge" in table[:500]
+    written = yaml.safe_load((project / "out/config.yaml").read_text())
+    assert written["KD"]["IMPORTS"] == [str(project / "trees.py")] and written["KD"]["EDGE"]["POWER"] == 4
+    assert "NST" not in written["KD"] and "&id" not in (project / "out/config.yaml").read_text()
+
+    before = (project / "out/metrics.json").read_text()
+    error = run(project, *train, "distill.yaml", status=1)
+    assert "error: OUTPUT_DIR 'out' holds the checkpoints of a run: continue it with --resume" in error
+    assert (project / "out/metrics.json").read_text() == before
+    (project / "out/mine.txt").touch()
+    run(project, *train, "out/config.yaml", "--overwrite", "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "out")
+    assert len((project / "out/metrics.json").read_text().splitlines()) < 1 + len(before.splitlines())
+    assert (project / "out/mine.txt").exists() and not (project / "out/model_0000001.pth").exists()
+    exported = ("export", "--config-file", "out/config.yaml", "--weights", "out/model_final.pth", "--output", "plain")
+    error = run(project, "-m", "kd_det", *exported, status=1)
+    assert "build_tiny_fpn_backbone" in error or "tests" in error  # the tests' backbone is not Detectron2's
+
+
+@pytest.mark.parametrize(
+    "opts,message",
+    [
+        (["KD.EDGE.POWER", "3"], "Unknown config key 'KD.EDGE.POWER'.*--import MODULE, or KD.IMPORTS"),
+        (["--import", "no_such_module"], "--import: 'no_such_module' cannot be imported: No module named"),
+        (["--import", "no_such.py"], "--import: there is no file .*no_such.py"),
+        (["DATASETS.TRAIN", "('trees_train',)"], "Unknown data set 'trees_train'.*--import MODULE, or KD.IMPORTS"),
+    ],
+)
+def test_messages_name_the_way_to_a_projects_names(tmp_path, opts, message):
+    """D44."""
+    (tmp_path / "run.yaml").write_text(run_cfg(tmp_path).dump())
+    args = parse_arguments(argument_parser(), ["--config-file", str(tmp_path / "run.yaml"), *opts])
+    with pytest.raises(ValueError, match=message):
+        check_run(load_config(args), args)
+
+
+def test_imported_modules_add_their_keys_once(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "once_loss.py").write_text("def add_once_config(cfg):\n    cfg.KD.ONCE = 1\n")
+    (tmp_path / "run.yaml").write_text("KD:\n  ONCE: 5\n  IMPORTS: [once_loss]\n")
+    argv = ["--config-file", str(tmp_path / "run.yaml"), "--import", "once_loss"]
+    cfg = load_config(parse_arguments(argument_parser(), argv))
+    assert cfg.KD.ONCE == 5 and cfg.KD.IMPORTS == ["once_loss"]
+
+
+def test_a_loss_whose_keys_nothing_reads_is_refused(tmp_path, monkeypatch):
+    """D45: without from_config, KD.EDGE.POWER was silently ignored."""
+    scope = {"__file__": str(tmp_path / "trees.py"), "__name__": "trees"}
+    source = PROJECT.replace("register_coco_instances(", "(").replace('"edge"', '"brim"').replace("EDGE", "BRIM")
+    source = source.replace("EdgeLoss", "BrimLoss").replace("power, **kwargs", "power=2, **kwargs")
+    start, end = source.index("    @classmethod"), source.index("    def forward")
+    exec(source[:start] + source[end:], scope)
+    cfg = distillation_cfg(tmp_path)
+    scope["add_edge_config"](cfg)
+    cfg.KD.LOSSES = ("Brim",)
+    with pytest.raises(ValueError, match=r"BrimLoss does not read KD.BRIM.POWER, .*from_config"):
+        build_model(cfg)
+
+
+def counting(monkeypatch) -> list:
+    """Every build of a GeneralizedRCNN."""
+    built = []
+    original = META_ARCH_REGISTRY.get("GeneralizedRCNN").__init__
+    monkeypatch.setattr(
+        META_ARCH_REGISTRY.get("GeneralizedRCNN"),
+        "__init__",
+        lambda self, *args, **kwargs: (built.append(1), original(self, *args, **kwargs))[1],
+    )
+    return built
+
+
+def test_a_teacher_by_arguments_builds_nothing_while_they_are_parsed(tmp_path, monkeypatch):
+    """D41: both networks were built by load_config, in the parent and again in every process."""
+    distilled = run_cfg(tmp_path)
+    teacher = ["--teacher", distilled.KD.TEACHER.CONFIG_FILE, "--teacher-weights", distilled.KD.TEACHER.WEIGHTS]
+    plain = run_cfg(tmp_path, MODEL__META_ARCHITECTURE="GeneralizedRCNN")
+    plain.KD.NST.STUDENT_TAPS = ("p2", "p3", "p7")
+    (tmp_path / "student.yaml").write_text(plain.dump())
+    built = counting(monkeypatch)
+    args = parse_arguments(argument_parser(), ["--config-file", str(tmp_path / "student.yaml"), *teacher])
+    cfg = load_config(args)
+    assert not built and cfg.MODEL.META_ARCHITECTURE == "Distiller"
+    cfg = check_run(cfg, args)
+    assert len(built) == 2  # the student and the teacher
+    assert cfg.KD.LOSSES == ("NST", "SoftTarget") and cfg.KD.NST.STUDENT_TAPS == ("p2", "p3")
+    # The processes that train read the same options.
+    assert load_config(args) == cfg and len(built) == 2
+    by_hand = plain.clone()
+    add_teacher(by_hand, teacher[1], weights=teacher[3])
+    assert (by_hand.KD.LOSSES, by_hand.KD.NST.STUDENT_TAPS) == (cfg.KD.LOSSES, cfg.KD.NST.STUDENT_TAPS)
+
+
+def test_every_command_describes_itself(capsys, monkeypatch):
+    """D52: a description, an example, and no option of a training where none is trained."""
+    monkeypatch.setattr(sys, "argv", ["kd-det", "--help"])
+    console.main()
+    listed = capsys.readouterr().out
+    for command in console.COMMANDS:
+        assert f"  {command} " in listed
+        monkeypatch.setattr(sys, "argv", ["kd-det", command, "--help"])
+        with pytest.raises(SystemExit) as e:
+            console.main()
+        text = capsys.readouterr().out
+        assert e.value.code == 0 and f"    kd-det {command}" in text
+        assert ("--num-gpus" in text) == (command in ("train", "lazy-train", "pretrain"))
+    monkeypatch.setattr(sys, "argv", ["kd-det", "trian"])
+    with pytest.raises(SystemExit, match="Unknown command 'trian'. Did you mean 'train'"):
+        console.main()
+
+
+def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+    name = "configs/Quickstart/student_R_18_FPN.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_config(name)).samefile(CONFIGS / "Quickstart/student_R_18_FPN.yaml")
+    (tmp_path / "configs/Quickstart").mkdir(parents=True)
+    (tmp_path / name).touch()
+    assert find_config(name) == name
+
+
+LAZY = """
+from detectron2.config import LazyCall as L, CfgNode, get_cfg
+from detectron2.modeling import build_model
+from kd_det.config import add_kd_config
+
+def student(path):
+    cfg = get_cfg(); add_kd_config(cfg); cfg.merge_from_file(path)
+    return build_model(cfg)
+
+import tests.tiny
+from tests.tiny import batch
+def batches():
+    while True:
+        yield batch()
+
+model = L(student)(path={path!r})
+dataloader = dict(train=L(batches)())
+optimizer, lr_multiplier = dict(), dict()
+train = dict(device="cpu", init_checkpoint="", output_dir="out")
+"""
+
+
+def test_lazy_configs_on_equal_terms(tmp_path, capsys):
+    """D51: taps and weights of a LazyConfig, with --teacher and --losses."""
+    from kd_det.cli import taps, weights
+
+    cfg = distillation_cfg(tmp_path)
+    (tmp_path / "student.yaml").write_text(tiny_cfg().dump())
+    (tmp_path / "config.py").write_text(LAZY.format(path=str(tmp_path / "student.yaml")))
+    argv = ["--config-file", str(tmp_path / "config.py")]
+    taps.main(argv)
+    assert "res4.pre_activation" in capsys.readouterr().out
+    teacher = ["--teacher", cfg.KD.TEACHER.CONFIG_FILE, "--teacher-weights", cfg.KD.TEACHER.WEIGHTS]
+    weights.main([*argv, *teacher, "--batches", "1"])
+    out = capsys.readouterr().out
+    assert "KD.NST.WEIGHT" in out and "KD.SOFT_TARGET.WEIGHT" in out
+    weights.main([*argv, *teacher, "--losses", "PKD", "--batches", "1"])
+    assert "KD.PKD.WEIGHT" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        weights.main([*argv, "--losses", "PKD"])
+    assert "--losses needs --teacher" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""A step of training on a device: it waits once, and takes losses as they come."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from kd_det.engine.step import TrainStep
+from tests.pretend_accelerator import Accelerator, on_device, place
+from tests.tiny import batch, distillation_cfg
+
+
+def waits_of_the_engine(accelerator) -> list[str]:
+    """Without those of Detectron2's backward, which have no line of their own."""
+    waits = [place.split(":")[0] for place in accelerator.waits.elements() if "engine/step.py" in place]
+    return [place for place in waits if not place.startswith("index_put")]
+
+
+@pytest.mark.parametrize("losses", [("NST",), ("NST", "Hint", "AttentionTransfer")])
+def test_the_host_waits_once_a_step(tmp_path, storage, losses):
+    model = build_model(distillation_cfg(tmp_path, *losses)).train()
+    with Accelerator() as accelerator:
+        place(model)
+        place(model.teacher)
+        step = TrainStep(model, [batch()] * 3, torch.optim.SGD(model.parameters(), lr=0.0), dump_dir=str(tmp_path))
+        step.iter = 0
+        step.run_step()
+        accelerator.reset()
+        step.run_step()
+    assert waits_of_the_engine(accelerator) == ["copy to the host, kd_det/engine/step.py"]
+    assert storage.latest()["total_loss"][0] == pytest.approx(
+        sum(value for key, (value, _) in storage.latest().items() if key.startswith("loss_")), rel=1e-5
+    )
+
+
+class Lossy(nn.Module):
+    """A model one of whose losses is a scalar on the CPU, as a loss that is off may be, and one in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, batch):
+        return {"loss": (self.weight * 2).sum(), "loss_off": torch.zeros(()), "loss_half": self.weight.half().sum()}
+
+
+def test_losses_of_several_devices_and_precisions(tmp_path, storage):  # D2: stacked without a look at their devices
+    model = Lossy()
+    with Accelerator():
+        model.weight = nn.Parameter(on_device(model.weight))
+        step = TrainStep(model, [None], torch.optim.SGD(model.parameters(), lr=1.0), dump_dir=str(tmp_path))
+        step.iter = 0
+        step.run_step()
+        weight = model.weight.detach().cpu()
+    assert weight.tolist() == [-2.0] * 3  # 1 - (2 + 1)
+    assert {key: value for key, (value, _) in storage.latest().items() if key != "data_time"} == {
+        "loss": 6.0,
+        "loss_off": 0.0,
+        "loss_half": 3.0,
+        "total_loss": 9.0,
+    }

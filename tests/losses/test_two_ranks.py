@@ -1,0 +1,67 @@
+"""Two ranks are one batch where padding and numbers of regions differ between them (D26)."""
+
+import pytest
+import torch
+from detectron2.utils import comm
+
+from kd_det.features.context import StepContext
+from kd_det.features.regions import RegionOutputs, RegionTargets
+from kd_det.losses import BoundedRegressionLoss, DISTLoss, DKDLoss, SoftTargetLoss
+from tests.engine.test_distributed import compare_halves_with_whole, on_two_ranks
+from tests.tiny import batch, distillation_cfg, tiny_cfg
+
+CASES = {
+    "PKD": {},
+    "CWD": {},
+    "FGD": {},
+    "MGD": {"KD__MGD__MASK_RATIO": 0.0},
+    "ReviewKD": {"KD__REVIEW_KD__CONNECTOR_NORM": "", "KD__REVIEW_KD__MID_CHANNELS": 8},
+    "FSP": {},
+}
+
+
+@pytest.mark.parametrize("loss", CASES)
+def test_padded_images(tmp_path, loss):
+    opts = {"MODEL__RESNETS__NORM": "FrozenBN", **CASES[loss]}
+    cfg = distillation_cfg(tmp_path, loss, teacher=tiny_cfg(depth=50, width=8), **opts)
+    # Every rank's canvas is that of the whole batch, and the second rank has less image on it.
+    compare_halves_with_whole(tmp_path, cfg, batch(sizes=((64, 96), (56, 96), (64, 96), (32, 48))))
+
+
+class Regions(StepContext):
+    """The regions of this rank: one of seven on the first, six on the second."""
+
+    def __init__(self):
+        super().__init__([(64, 64)], (64, 64))
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = (torch.randn(7, 4, generator=generator) for _ in range(2))
+        classes = torch.tensor([0, 3, 2, 3, 1, 0, 3])
+        targets = torch.randn(7, 4, generator=generator)
+        mine = {1: slice(0, 7), 2: slice(0, 1) if comm.get_rank() == 0 else slice(1, 7)}[comm.get_world_size()]
+        self.student = student[mine].requires_grad_()
+        self.outputs = [RegionOutputs(x, x, x) for x in (self.student, teacher[mine])]
+        self.targets = RegionTargets(classes[mine], classes[mine] < 3, targets[mine])
+
+    def region_pairs(self):
+        return [tuple(self.outputs)]
+
+    def region_targets(self, stage):
+        return self.targets
+
+    def teacher_units(self, stage):
+        return [1.0] * 4
+
+
+def run(cls):
+    regions = Regions()
+    loss = cls()([], [], regions)
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": regions.student.grad}
+
+
+@pytest.mark.parametrize("cls", [DKDLoss, DISTLoss, SoftTargetLoss, BoundedRegressionLoss])
+def test_unequal_numbers_of_regions(tmp_path, cls):
+    whole, ranks = run(cls), on_two_ranks(tmp_path, run, cls)
+    torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, whole["loss"])
+    # DDP halves the sum of both ranks' gradients.
+    torch.testing.assert_close(torch.cat([rank["gradient"] for rank in ranks]) / 2, whole["gradient"])
