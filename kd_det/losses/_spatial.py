@@ -145,16 +145,14 @@ def unit_rows(x: Tensor) -> Tensor:
     under- or overflow.
     """
     # The quotient does not depend on the scale of a row, so the peak needs no gradient.
-    x = x / peak(x, -1)
+    largest = peak(x, -1)
+    x = x / largest.masked_fill_(largest <= torch.finfo(x.dtype).tiny, torch.inf)
     # A live row now has a norm of at least 1.
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=0.5)
 
 
 def peak(x: Tensor, dims) -> Tensor:
-    """
-    The largest magnitude over ``dims``, which are kept, without gradient. Infinite where all are 0, so that what is
-    divided by it is 0 and has zero gradient.
-    """
+    """The largest magnitude over ``dims``, which are kept; no gradient, at least the type's least normal number."""
     x = x.detach()
     # On a CPU the norm takes five times as long as the two reductions that are two kernels elsewhere.
     largest = (
@@ -162,7 +160,7 @@ def peak(x: Tensor, dims) -> Tensor:
         if x.device.type == "cpu"
         else torch.linalg.vector_norm(x, torch.inf, dims, keepdim=True)
     )
-    return largest.masked_fill_(largest < torch.finfo(x.dtype).tiny, torch.inf)
+    return largest.clamp_(min=torch.finfo(x.dtype).tiny)
 
 
 def within_range(function: Callable, magnitudes: Callable, dims, x: Tensor) -> Tuple:

@@ -165,7 +165,7 @@ def _distance(maps: Maps, reduction: str, residual) -> Tensor:
     if maps.empty:
         return zero_loss(maps.student)
     counts = maps.positions()
-    weights = torch.ones_like(counts) if reduction == "sum" else 1 / (len(counts) * counts)
+    weights = torch.ones_like(counts) if reduction == "sum" else (len(counts) * counts).reciprocal()
     return weighted_sum(SquaredResidual.apply(maps.student, maps.teacher, residual, maps.invalid), weights)
 
 
