@@ -43,11 +43,11 @@ _FOREIGN_BLOCKS = {
 
 class _ReLUInput(TorchFunctionMode):
     """
-    Inside a block, runs every ReLU out of place and remembers the input and output of the latest one.
+    A context that runs every ReLU of a block out of place, and keeps the input and output of the latest one.
 
     Blocks end in an in-place ReLU, so a forward hook on any of their modules sees the value only after it was
-    overwritten. Running the ReLU out of place keeps the value with its graph at the price of one map of memory, and
-    changes no output bit.
+    overwritten. Running the ReLU out of place keeps the value with its graph for one map of memory more, and changes
+    no output bit.
     """
 
     def __init__(self):
@@ -95,7 +95,7 @@ class Taps:
             side: what messages call the model, e.g. "student".
 
         Raises:
-            ValueError: a name that names no place; says the nearest ones that do.
+            ValueError: a name that names no place; lists the nearest that do.
         """
         self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
         self._values: Dict[str, List[Tuple[Tensor, Optional[int]]]] = {}
@@ -311,8 +311,8 @@ def _find_place(model: nn.Module, name: str, side: str) -> _Place:
         return _Place(block, pre_activation=True)
 
     for network in _networks(model):
-        # A stage's own module is preferred to the key of the network's output: it is filled before the network ends.
-        # Not in another library's, whose stages may speak another format than the network that wraps them.
+        # The stage's module comes before the network's output of that name, because it runs earlier. Networks of other
+        # libraries are the exception: their modules may give another memory layout (NHWC) than the outputs.
         stages, outputs = _stages(network), _output_shape(network)
         if name in stages and not (name in outputs and hasattr(network, "stage_modules")):
             return _Place(stages[name])

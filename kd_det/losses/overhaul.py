@@ -170,8 +170,8 @@ def _distance(maps: Maps, reduction: str, residual) -> Tensor:
 
 
 def _partial_residual(student: Tensor, target: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> Tensor:
-    # S - T, where T <= 0 at least 0. In floats, as a chain of masks costs several times as much: the lower bound is 0
-    # where T <= 0, and far below any difference elsewhere.
+    # The residual is S - T, and where T <= 0 not less than 0. A lower bound in floats does it, 0 where T <= 0 and far
+    # below any difference elsewhere, because a chain of masks takes several times as long.
     torch.sub(student, target, out=out)
     bound = torch.clamp(target, min=0, out=scratch).mul_(-torch.finfo(out.dtype).max)
     return torch.maximum(out, bound, out=out)
