@@ -1,18 +1,21 @@
 """
-The same images with the ground truth and the detections of several models, side by side, in one picture.
+What a run looks like: pictures of detections side by side, and tables of results.
 
 Images are (H, W, 3) uint8, BGR; drawings are ``width`` pixels wide.
 """
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
+from tabulate import tabulate
 
-__all__ = ["detection_grid", "draw_detections", "draw_ground_truth"]
+__all__ = ["comparison_table", "detection_grid", "draw_detections", "draw_ground_truth", "seeds_table"]
 
 _GAP = 6  # pixels between panels
 _TITLE = 22  # height of the line of titles in pixels; the baseline of its text is at 20
@@ -56,9 +59,32 @@ def detection_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) 
     return np.concatenate(lines)
 
 
+def comparison_table(rows: Sequence[tuple[str, int, Mapping[str, float]]]) -> str:
+    """A Markdown table of models: name, number of parameters and metrics (see :func:`kd_det.study.read_metrics`)."""
+    table = [
+        (name, f"{parameters:,}", f"{m.get('time', math.nan):.3f}", f"{m['bbox/AP']:.1f}", f"{m['bbox/AP50']:.1f}")
+        for name, parameters, m in rows
+    ]
+    return _markdown(table, ("model", "parameters", "s / step", "AP", "AP50"))
+
+
+def seeds_table(names: tuple[str, str], results: Mapping[int, tuple[float, float]]) -> str:
+    """A Markdown table of two models' AP by seed, the second minus the first, and the means."""
+    rows = [(str(seed), *pair, pair[1] - pair[0]) for seed, pair in results.items()]
+    if len(rows) > 1:
+        rows.append(("mean", *(statistics.mean(column) for column in list(zip(*rows))[1:])))
+    table = [(seed, f"{a:.1f}", f"{b:.1f}", f"{gain:+.1f}") for seed, a, b, gain in rows]
+    return _markdown(table, ("seed", *(f"AP {name}" for name in names), "difference"))
+
+
 def _visualizer(image: np.ndarray, metadata: Metadata, width: int) -> Visualizer:
     return Visualizer(image[:, :, ::-1], metadata, scale=width / image.shape[1])
 
 
 def _bgr(drawn: VisImage) -> np.ndarray:
     return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
+
+
+def _markdown(table: list[tuple], headers: tuple[str, ...]) -> str:
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
