@@ -4,6 +4,7 @@ FGD, focal and global knowledge distillation for detectors: arXiv 2111.11837.
 Shapes: maps are (N, C, H, W); G boxes in an image.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import NamedTuple, Optional, Tuple
 
@@ -13,6 +14,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from kd_det.features.context import to_device
+from kd_det.losses._gradients import with_gradient
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
 from kd_det.losses.connected import ConnectedLoss
@@ -68,15 +70,15 @@ def fgd_loss(
     return _focal(_join([maps], boxes, canvas), temperature, alpha, beta, gamma)
 
 
-class _Joined(NamedTuple):
+class _Levels(NamedTuple):
     """
-    L levels of C channels side by side, so that what a step launches does not grow with them; P positions in all.
+    L levels side by side, so that the number of kernels does not grow with them; P positions in all.
 
     Attributes:
         student, teacher: (N, C, P), 0 where there is no image.
-        inside: (N, L, P), 1 where a position is the level's and holds image, else 0.
-        positions: (N, L), their number, at least 1.
-        foreground: (N, P), see :func:`_foreground`.
+        inside: (N, L, P), 1 where a position belongs to the level and holds image, else 0.
+        positions: (N, L), how many those are, at least 1 so that it can divide.
+        foreground: (N, P): 1 / area, in positions, of the smallest box that a position lies in; 0 outside of all.
     """
 
     student: Tensor
@@ -86,58 +88,69 @@ class _Joined(NamedTuple):
     foreground: Tensor
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """(..., N, L or 1, P) to (..., N, L, P): over the positions inside of each level."""
+        """(..., N, L or 1, P) to (..., N, L, P), over the positions of each level."""
         return logits.masked_fill(self.inside == 0, torch.finfo(logits.dtype).min).softmax(-1)
 
 
-def _join(levels: Sequence[Maps], boxes: Sequence[Tensor], canvas: Tuple[int, int]) -> _Joined:
+def _join(levels: Sequence[Maps], boxes: Sequence[Tensor], canvas: Tuple[int, int]) -> _Levels:
     student, teacher = (torch.cat([maps[i].flatten(2) for maps in levels], 2) for i in range(2))
-    sizes = [maps.student.shape[2:] for maps in levels]
-    host = torch.cat([_foreground(boxes, canvas, sizes), torch.block_diag(*(torch.ones(1, h * w) for h, w in sizes))])
-    foreground, inside = to_device(host.to(student.dtype), student.device).split([len(student), len(levels)])
+    foreground = torch.cat([_foreground(boxes, canvas, maps.student.shape[2:]) for maps in levels], 1)
+    inside = torch.block_diag(*(torch.ones(1, maps.student[0, 0].numel()) for maps in levels))
+    # Both are copied to the device at once.
+    host = torch.cat([foreground, inside]).to(student.dtype)
+    foreground, inside = to_device(host, student.device).split([len(student), len(levels)])
     inside = inside.expand(len(student), -1, -1)
     if any(maps.valid is not None for maps in levels):
-        valid = torch.cat([_valid(maps).flatten(2) for maps in levels], 2)
+        masks = (torch.ones_like(m.student[:, :1]).bool() if m.valid is None else m.valid for m in levels)
+        valid = torch.cat([mask.flatten(2) for mask in masks], 2)
         student, teacher = student.masked_fill(~valid, 0), teacher.masked_fill(~valid, 0)
         inside = inside * valid
-    return _Joined(student, teacher, inside, inside.sum(2).clamp(min=1), foreground)
+    return _Levels(student, teacher, inside, inside.sum(2).clamp(min=1), foreground)
 
 
-def _valid(maps: Maps) -> Tensor:
-    return torch.ones_like(maps.student[:, :1], dtype=torch.bool) if maps.valid is None else maps.valid
+def _foreground(boxes: Sequence[Tensor], canvas: Tuple[int, int], size: Tuple[int, int]) -> Tensor:
+    """(N, H W) on the host, see :class:`_Levels`."""
+    masks = torch.zeros(len(boxes), *size)
+    scale = torch.tensor([size[1] / canvas[1], size[0] / canvas[0]]).repeat(2)
+    for mask, image_boxes in zip(masks, boxes):
+        scaled = image_boxes.detach().float().cpu() * scale
+        for (x1, y1), (x2, y2) in zip(scaled[:, :2].floor().long().tolist(), scaled[:, 2:].ceil().long().tolist()):
+            # Both ends belong to the box, as in the published code.
+            inside = mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1]
+            inside.clamp_(min=1 / ((y2 + 1 - y1) * (x2 + 1 - x1)))
+    return masks.flatten(1)
 
 
-def _foreground(boxes: Sequence[Tensor], canvas: Tuple[int, int], sizes: Sequence[Tuple[int, int]]) -> Tensor:
-    """
-    (N, P), on the host: 1 / area, in positions, of the smallest box that a position lies in; 0 outside of all boxes.
-    """
-    levels = [torch.zeros(len(boxes), *size) for size in sizes]
-    for level, (h, w) in zip(levels, sizes):
-        scale = torch.tensor([w / canvas[1], h / canvas[0]]).repeat(2)
-        for mask, image_boxes in zip(level, boxes):
-            scaled = image_boxes.detach().float().cpu() * scale
-            for (x1, y1), (x2, y2) in zip(scaled[:, :2].floor().long().tolist(), scaled[:, 2:].ceil().long().tolist()):
-                # Both ends belong to the box, as in the published code.
-                inside = mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1]
-                inside.clamp_(min=1 / ((y2 + 1 - y1) * (x2 + 1 - x1)))
-    return torch.cat([level.flatten(1) for level in levels], 1)
-
-
-def _focal(x: _Joined, temperature: float, alpha: float, beta: float, gamma: float) -> Tensor:
+def _focal(x: _Levels, temperature: float, alpha: float, beta: float, gamma: float) -> Tensor:
     n, c, _ = x.student.shape
-    # The student's, then the teacher's: over positions (2, N, L, P), and over channels (2, N, C, L).
-    magnitudes = x.student.abs(), x.teacher.abs()
-    spatial = x.softmax(torch.stack([m.sum(1, keepdim=True) for m in magnitudes]) / (c * temperature))
-    channel = torch.stack([m @ x.inside.mT for m in magnitudes]) / (temperature * x.positions[:, None])
-    channel = channel.softmax(2)
+
+    def sums(magnitude: Tensor) -> Tuple[Tensor, Tensor]:
+        return magnitude.sum(1, keepdim=True), magnitude @ x.inside.mT
+
+    def attentions(over_channels: Tensor, over_positions: Tensor) -> Tuple[Tensor, Tensor]:
+        """(N, L, P) and (N, C, L), with a mean of 1 as published."""
+        spatial = x.softmax(over_channels / (c * temperature)) * x.positions[..., None]
+        return spatial, c * (over_positions / (temperature * x.positions[:, None])).softmax(1)
+
+    spatial, channel = attentions(*sums(x.teacher.abs()))
     background = x.inside * (x.foreground == 0)[:, None]
     background = background / background.sum(2, keepdim=True).clamp(min=1)
-    # Attentions have a mean of 1 as published: these probabilities are multiplied by the number of entries.
-    weights = spatial[1] * x.positions[..., None] * (alpha * x.foreground[:, None] + beta * background)
-    error = (x.student - x.teacher).square() @ weights.mT
-    spatial = ((spatial[0] - spatial[1]).abs().sum(2) * x.positions).sum()
-    channel_distance = (channel[0] - channel[1]).abs().sum()
-    return ((error * channel[1]).sum() * c + gamma * (spatial + c * channel_distance)) / n
+    weights = spatial / n * (alpha * x.foreground[:, None] + beta * background)
+
+    def value_and_gradient(student: Tensor) -> Tuple[Tensor, Tensor]:
+        # Maps are written as seldom as possible: on a CPU, each new one costs more than its arithmetic.
+        scratch = student.abs()
+        with torch.enable_grad():
+            means = [y.requires_grad_() for y in sums(scratch)]
+            distance = gamma / n * sum((s - t).abs().sum() for s, t in zip(attentions(*means), (spatial, channel)))
+        by_channels, by_positions = torch.autograd.grad(distance, means)
+        residual = torch.sub(student, x.teacher, out=scratch)
+        weighted = (channel @ weights).mul_(residual)
+        value = distance.detach() + residual.mul_(weighted).sum()
+        gradient = torch.sign(student, out=scratch).mul_(torch.baddbmm(by_channels, by_positions, x.inside))
+        return value, gradient.add_(weighted, alpha=2)
+
+    return with_gradient(x.student, value_and_gradient)
 
 
 class _GlobalContext(nn.Module):
@@ -157,7 +170,7 @@ class _GlobalContext(nn.Module):
         nn.init.zeros_(self.transform[-1].bias)
 
 
-def _contexts(student: Sequence[_GlobalContext], teacher: Sequence[_GlobalContext], x: _Joined) -> Tensor:
+def _context_difference(student: Sequence[_GlobalContext], teacher: Sequence[_GlobalContext], x: _Levels) -> Tensor:
     """What the student's levels add to each channel more than the teacher's, (N, C, L)."""
     parameters = zip(*(block.parameters() for block in (*student, *teacher)))
     attention, bias, first, first_bias, scale, shift, last, last_bias = (torch.stack(p) for p in parameters)
@@ -216,22 +229,22 @@ class FGDLoss(ConnectedLoss):
         options = ("TEMPERATURE", "ALPHA", "BETA", "GAMMA", "RELATION")
         return {**ret, **{option.lower(): node[option] for option in options}}
 
+    @full_precision
     def forward(self, student, teacher, context):
         boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
         pairs = self.connected_pairs(student, teacher, context)
         levels = [match_maps("FGDLoss", *pair, same_channels=True) for pair in pairs]
         if levels[0].empty:
             return sum(zero_loss(maps.student) for maps in levels)
-        # Levels of an FPN have as many channels.
+        # Only levels of as many channels can be joined: all those of an FPN.
+        groups = collections.defaultdict(list)
+        for maps, *blocks in zip(levels, self.student_contexts, self.teacher_contexts):
+            groups[maps.student.shape[1]].append((maps, *blocks))
         total = 0.0
-        for channels in dict.fromkeys(maps.student.shape[1] for maps in levels):
-            chosen = [i for i, maps in enumerate(levels) if maps.student.shape[1] == channels]
-            joined = _join([levels[i] for i in chosen], boxes, context.canvas)
-            total = total + self._of_joined(joined, chosen)
+        for group in groups.values():
+            maps, *blocks = zip(*group)
+            x = _join(maps, boxes, context.canvas)
+            shifted = torch.baddbmm(x.student, _context_difference(*blocks, x), x.inside)
+            relation = F.mse_loss(shifted, x.teacher, reduction="sum") / len(x.student)
+            total = total + _focal(x, **self.options) + self.relation * relation
         return total
-
-    @full_precision
-    def _of_joined(self, x, chosen):
-        shift = _contexts(*([blocks[i] for i in chosen] for blocks in (self.student_contexts, self.teacher_contexts)), x)
-        error = F.mse_loss(torch.baddbmm(x.student, shift, x.inside), x.teacher, reduction="sum")
-        return _focal(x, **self.options) + self.relation / len(x.student) * error
