@@ -4,7 +4,7 @@ FGD, focal and global knowledge distillation for detectors: arXiv 2111.11837.
 Shapes: maps are (N, C, H, W); G boxes in an image.
 """
 
-import collections
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Optional, Tuple
 
@@ -71,21 +71,13 @@ def fgd_loss(
 
 
 class _Levels(NamedTuple):
-    """
-    L levels side by side, so that the number of kernels does not grow with them; P positions in all.
+    """L levels side by side, so that the number of kernels does not grow with them; P positions in all."""
 
-    Attributes:
-        student, teacher: (N, C, P), 0 where there is no image.
-        inside: (N, L, P), 1 where a position belongs to the level and holds image, else 0.
-        positions: (N, L), how many those are, at least 1 so that it can divide.
-        foreground: (N, P): 1 / area, in positions, of the smallest box that a position lies in; 0 outside of all.
-    """
-
-    student: Tensor
+    student: Tensor  # (N, C, P), 0 where there is no image
     teacher: Tensor
-    inside: Tensor
-    positions: Tensor
-    foreground: Tensor
+    inside: Tensor  # (N, L, P), 1 where a position belongs to the level and holds image, else 0
+    positions: Tensor  # (N, L), how many those are, at least 1 so that it can divide
+    foreground: Tensor  # (N, P), see _foreground
 
     def softmax(self, logits: Tensor) -> Tensor:
         """(..., N, L or 1, P) to (..., N, L, P), over the positions of each level."""
@@ -103,13 +95,12 @@ def _join(levels: Sequence[Maps], boxes: Sequence[Tensor], canvas: Tuple[int, in
     if any(maps.valid is not None for maps in levels):
         masks = (torch.ones_like(m.student[:, :1]).bool() if m.valid is None else m.valid for m in levels)
         valid = torch.cat([mask.flatten(2) for mask in masks], 2)
-        student, teacher = student.masked_fill(~valid, 0), teacher.masked_fill(~valid, 0)
-        inside = inside * valid
+        student, teacher, inside = (x.masked_fill(~valid, 0) for x in (student, teacher, inside))
     return _Levels(student, teacher, inside, inside.sum(2).clamp(min=1), foreground)
 
 
 def _foreground(boxes: Sequence[Tensor], canvas: Tuple[int, int], size: Tuple[int, int]) -> Tensor:
-    """(N, H W) on the host, see :class:`_Levels`."""
+    """(N, H W) on the host: 1 / area, in positions, of the smallest box that a position lies in; 0 outside of all."""
     masks = torch.zeros(len(boxes), *size)
     scale = torch.tensor([size[1] / canvas[1], size[0] / canvas[0]]).repeat(2)
     for mask, image_boxes in zip(masks, boxes):
@@ -121,36 +112,39 @@ def _foreground(boxes: Sequence[Tensor], canvas: Tuple[int, int], size: Tuple[in
     return masks.flatten(1)
 
 
+def _sums(x: _Levels, magnitude: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of |map| over channels, (N, 1, P), and over the positions of each level, (N, C, L)."""
+    return magnitude.sum(1, keepdim=True), magnitude @ x.inside.mT
+
+
+def _attentions(x: _Levels, over_channels: Tensor, over_positions: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+    """From :func:`_sums` to (N, L, P) and (N, C, L), whose mean is 1 as published."""
+    c = over_positions.shape[1]
+    spatial = x.softmax(over_channels / (c * temperature)) * x.positions[..., None]
+    return spatial, c * (over_positions / (temperature * x.positions[:, None])).softmax(1)
+
+
 def _focal(x: _Levels, temperature: float, alpha: float, beta: float, gamma: float) -> Tensor:
-    n, c, _ = x.student.shape
-
-    def sums(magnitude: Tensor) -> Tuple[Tensor, Tensor]:
-        return magnitude.sum(1, keepdim=True), magnitude @ x.inside.mT
-
-    def attentions(over_channels: Tensor, over_positions: Tensor) -> Tuple[Tensor, Tensor]:
-        """(N, L, P) and (N, C, L), with a mean of 1 as published."""
-        spatial = x.softmax(over_channels / (c * temperature)) * x.positions[..., None]
-        return spatial, c * (over_positions / (temperature * x.positions[:, None])).softmax(1)
-
-    spatial, channel = attentions(*sums(x.teacher.abs()))
+    spatial, channel = _attentions(x, *_sums(x, x.teacher.abs()), temperature)
     background = x.inside * (x.foreground == 0)[:, None]
     background = background / background.sum(2, keepdim=True).clamp(min=1)
-    weights = spatial / n * (alpha * x.foreground[:, None] + beta * background)
+    weights = spatial * (alpha * x.foreground[:, None] + beta * background)
 
     def value_and_gradient(student: Tensor) -> Tuple[Tensor, Tensor]:
-        # Maps are written as seldom as possible: on a CPU, each new one costs more than its arithmetic.
+        # Few maps are written: on a CPU, writing a new one takes longer than its arithmetic.
         scratch = student.abs()
         with torch.enable_grad():
-            means = [y.requires_grad_() for y in sums(scratch)]
-            distance = gamma / n * sum((s - t).abs().sum() for s, t in zip(attentions(*means), (spatial, channel)))
-        by_channels, by_positions = torch.autograd.grad(distance, means)
+            sums = [y.requires_grad_() for y in _sums(x, scratch)]
+            attentions = zip(_attentions(x, *sums, temperature), (spatial, channel))
+            distance = gamma * sum((s - t).abs().sum() for s, t in attentions)
         residual = torch.sub(student, x.teacher, out=scratch)
         weighted = (channel @ weights).mul_(residual)
         value = distance.detach() + residual.mul_(weighted).sum()
-        gradient = torch.sign(student, out=scratch).mul_(torch.baddbmm(by_channels, by_positions, x.inside))
+        by_magnitude = torch.baddbmm(*torch.autograd.grad(distance, sums), x.inside)
+        gradient = torch.sign(student, out=scratch).mul_(by_magnitude)
         return value, gradient.add_(weighted, alpha=2)
 
-    return with_gradient(x.student, value_and_gradient)
+    return with_gradient(x.student, value_and_gradient) / len(x.student)
 
 
 class _GlobalContext(nn.Module):
@@ -177,9 +171,8 @@ def _context_difference(student: Sequence[_GlobalContext], teacher: Sequence[_Gl
     sides = list(zip((x.student, x.teacher), attention[:, 0].chunk(2), bias.chunk(2)))
     logits = torch.stack([torch.baddbmm(b, a.expand(len(y), -1, -1), y) for y, a, b in sides])
     contexts = torch.stack([y @ p.mT for (y, _, _), p in zip(sides, x.softmax(logits))])
-    # (2 L, C, N)
-    contexts = contexts.permute(0, 3, 2, 1).flatten(0, 1)
-    hidden = torch.baddbmm(first_bias[..., None], first, contexts).mT
+    # The products give their weights' gradients in the weights' memory format, so that none is copied.
+    hidden = torch.baddbmm(first_bias[..., None], first, contexts.permute(0, 3, 2, 1).flatten(0, 1)).mT
     hidden = torch.addcmul(shift[:, None], F.layer_norm(hidden, hidden.shape[2:]), scale[:, None]).relu()
     student, teacher = torch.baddbmm(last_bias[..., None], last, hidden.mT).chunk(2)
     return (student - teacher).permute(2, 1, 0)
@@ -229,22 +222,20 @@ class FGDLoss(ConnectedLoss):
         options = ("TEMPERATURE", "ALPHA", "BETA", "GAMMA", "RELATION")
         return {**ret, **{option.lower(): node[option] for option in options}}
 
-    @full_precision
     def forward(self, student, teacher, context):
         boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
         pairs = self.connected_pairs(student, teacher, context)
         levels = [match_maps("FGDLoss", *pair, same_channels=True) for pair in pairs]
         if levels[0].empty:
             return sum(zero_loss(maps.student) for maps in levels)
-        # Only levels of as many channels can be joined: all those of an FPN.
-        groups = collections.defaultdict(list)
-        for maps, *blocks in zip(levels, self.student_contexts, self.teacher_contexts):
-            groups[maps.student.shape[1]].append((maps, *blocks))
-        total = 0.0
-        for group in groups.values():
-            maps, *blocks = zip(*group)
-            x = _join(maps, boxes, context.canvas)
-            shifted = torch.baddbmm(x.student, _context_difference(*blocks, x), x.inside)
-            relation = F.mse_loss(shifted, x.teacher, reduction="sum") / len(x.student)
-            total = total + _focal(x, **self.options) + self.relation * relation
-        return total
+        with torch.autocast(levels[0].student.device.type, enabled=False):
+            total = 0.0
+            levels = zip(levels, self.student_contexts, self.teacher_contexts)
+            # Those of an FPN have as many channels, and make one group.
+            for _, group in itertools.groupby(levels, lambda level: level[0].student.shape[1]):
+                maps, *contexts = zip(*group)
+                x = _join(maps, boxes, context.canvas)
+                shifted = torch.baddbmm(x.student, _context_difference(*contexts, x), x.inside)
+                relation = F.mse_loss(shifted, x.teacher, reduction="sum") / len(x.student)
+                total = total + _focal(x, **self.options) + self.relation * relation
+            return total
