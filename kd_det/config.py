@@ -75,8 +75,8 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER.WEIGHTS = ""
     # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10].
     cfg.KD.TEACHER.OPTS = []
-    # Of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for half the
-    # memory and, on a GPU, less time. The losses are computed in float32 in any case.
+    # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
+    # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.
     cfg.KD.TEACHER.DTYPE = "float32"
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
@@ -112,7 +112,7 @@ def add_kd_config(cfg: CN) -> None:
     # freezes by default (MODEL.BACKBONE.FREEZE_AT): a frozen student stage learns nothing from a loss on it.
     stages = ("res3", "res4", "res5")
     node = add_loss_config(cfg, "OVERHAUL", weight=1e-3, taps=tuple(f"{stage}.pre_activation" for stage in stages))
-    # Of the margin ReLU: "calibrated" (negative responses to the first training images), "running" (to all images so
+    # Margins of the ReLU: "calibrated" (negative responses to the first training images), "running" (to all images so
     # far) or "norm" (closed form from the last norm's weight and bias, refused where it does not hold).
     node.MARGIN = "calibrated"
     # Training images, of all GPUs, that "calibrated" is measured on.
@@ -127,7 +127,7 @@ def add_kd_config(cfg: CN) -> None:
     node = add_loss_config(cfg, "SIMILARITY", weight=100.0, taps=("p5",))
     # "regions": of the student's sampled proposals (taps are not read); "images": of all ranks, at the taps.
     node.SAMPLES = "regions"
-    # With "regions", how many the images of all ranks bring together, their foreground first.
+    # With "regions", how many are compared, of the images of all ranks together; foreground first.
     node.MAX_REGIONS = 512
     # With "images", each map is average-pooled to GRID x GRID.
     node.GRID = 8

@@ -173,6 +173,8 @@ class Distiller(nn.Module):
             losses = self.student(batched_inputs)
             return {**losses, **{loss.key: self._zero(loss) for loss in self.losses.values()}}
 
+        # Copied once, for both networks.
+        batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
         for loss in active:
             batched_inputs = loss.prepare(batched_inputs, self.device)
         with contextlib.ExitStack() as stack:

@@ -41,7 +41,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], most: int = 12) -> 
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line; an ``OSError`` says its file."""
+    """The message of an error in one line; an ``OSError`` names its file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

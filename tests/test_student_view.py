@@ -36,7 +36,10 @@ class TestStartingFromADetectorOfOtherClasses:  # D1
     @pytest.mark.parametrize("losses", [("NST", "Hint"), ()], ids=["distilled", "no losses"])
     @pytest.mark.parametrize(
         "opts, misfits",
-        [({"MODEL__ROI_HEADS__NUM_CLASSES": 7}, "box_predictor"), ({"MODEL__ROI_BOX_HEAD__FC_DIM": 24}, "box_head.fc1")],
+        [
+            ({"MODEL__ROI_HEADS__NUM_CLASSES": 7}, "box_predictor"),
+            ({"MODEL__ROI_BOX_HEAD__FC_DIM": 24}, "box_head.fc1"),
+        ],
         ids=["classes", "FC_DIM"],
     )
     def test_what_does_not_fit_is_skipped_with_a_warning(self, tmp_path, caplog, kind, losses, opts, misfits):

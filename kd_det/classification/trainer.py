@@ -77,7 +77,7 @@ class ClassificationTrainer(Trainer):
         return hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate)
 
     def averaged(self):
-        """Inside this context, the model's weights are their average, if one is kept."""
+        """A context in which the model's weights are their average, if one is kept."""
         return self.average.applied() if self.average is not None else contextlib.nullcontext()
 
 

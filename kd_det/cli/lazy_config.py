@@ -1,6 +1,7 @@
 """LazyConfigs (.py): read with one line for what is wrong, with ``--import``, ``--teacher`` and ``--losses``."""
 
 import argparse
+import os
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
@@ -10,12 +11,13 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from kd_det.cli.teacher import choose_losses, name_teacher
+from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
 from kd_det.config_file import import_project, merge_options
 from kd_det.distiller import Distiller
 from kd_det.errors import IMPORT_HINT, UserError, one_line
 from kd_det.losses.build import build_losses
-from kd_det.teachers import build_teacher
+from kd_det.teachers import build_teacher, load_teacher
 
 __all__ = ["KEYS", "distil", "load_lazy_config", "networks", "plain_student"]
 
@@ -69,7 +71,7 @@ def distil(
 
     Args:
         student: the plain model.
-        teacher: a network, or the name of a yaml config or zoo entry.
+        teacher: a network, or the name of a config (yaml or LazyConfig) or zoo entry.
         weights: of a teacher that is a name; empty: the zoo entry's checkpoint.
         losses: names of losses, with the options that ``KD.*`` has by default; None: the default losses.
         input_format: channel order of the images; default: the student's.
@@ -78,10 +80,19 @@ def distil(
     cfg = _kd_config(imports)
     cfg.MODEL.DEVICE = "cpu"  # the teacher follows the student
     name_teacher(cfg, teacher if isinstance(teacher, str) else "", weights=weights, losses=losses)
-    network = build_teacher(cfg) if isinstance(teacher, str) else teacher
+    network = teacher
+    if isinstance(teacher, str):
+        network = _lazy_teacher(teacher, weights) if teacher.endswith(".py") else build_teacher(cfg)
     merge_options(cfg, choose_losses(cfg, student, network), where="--teacher")
     built = build_losses(cfg, student, network)
     return Distiller(student=student, teacher=network, losses=built, input_format=input_format)
+
+
+def _lazy_teacher(name: str, weights: str) -> nn.Module:
+    is_file = os.path.isfile(name)
+    cfg = LazyConfig.load(name) if is_file else model_zoo.get_config(name)
+    weights = weights or (cfg.train.init_checkpoint if is_file else model_zoo.get_checkpoint_url(name))
+    return load_teacher(model=instantiate(cfg.model), weights=weights)
 
 
 def plain_student(model: DictConfig) -> DictConfig:

@@ -64,7 +64,7 @@ def _run(path: str, seed: int, opts: list[str], num_gpus: int) -> Run:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    """Of a run that replaces or resumes what its folder holds, see :meth:`Run.complete`."""
+    """A run that replaces or resumes what its folder holds, see :meth:`Run.complete`."""
     return parse_arguments(argument_parser(), ["--overwrite", *argv])
 
 

@@ -135,7 +135,7 @@ class ResumableLoader:
         self.first = batch
 
     def __iter__(self) -> Iterator[list[dict]]:
-        # A generator: workers start with the first batch, when it is known which one that is.
+        # This is a generator, so workers start when the first batch is requested: only then is its number known.
         with preserved_random_state():  # PyTorch draws a seed for its workers
             seed_everything(self._seed)
             sampler = ResumableSampler(self._build_sampler(), self._wide, self._batch_size, first=self.first)

@@ -41,7 +41,7 @@ class Trainer(DefaultTrainer):
     Trains what ``build_model`` builds, a Distiller or a plain model, and evaluates it on ``DATASETS.TEST``. Override
     ``build_train_loader``, ``build_evaluator`` and the other class methods as those of ``DefaultTrainer``.
 
-    A run that was killed and resumed goes on from its last checkpoint bit for bit as one never stopped (on the CPU):
+    A run that was killed and resumed ends, on the CPU, bit for bit as one that was never stopped:
     checkpoints also hold the optimizer (which v0.6's own leave out), the random state of every process and the order
     of the data. For the latter, ``build_train_loader`` must return a :class:`ResumableLoader`.
     """
@@ -242,7 +242,7 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Shortens Detectron2's "Exception during training" to one line where a user can mend the cause."""
+    """Shortens Detectron2's "Exception during training" to one line where a user can fix the cause."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, (DatasetError, FloatingPointError, OSError, UserError)):
         record.msg, record.args, record.exc_info = f"{record.msg} {one_line(error)}", (), None

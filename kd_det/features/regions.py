@@ -23,7 +23,7 @@ __all__ = ["RegionHead", "RegionOutputs", "RegionTaps", "RegionTargets", "Sample
 @dataclass
 class RegionOutputs:
     """
-    What one head says about R regions.
+    What one head predicts for R regions.
 
     Attributes:
         features: pooled features, (R, C, P, P).
@@ -61,7 +61,7 @@ class RegionTargets:
         return self.transform.get_deltas(self.boxes, self.truth)
 
     def of_class(self, deltas: Tensor) -> Tensor:
-        """Of (R, 4) or (R, 4 K) predicted deltas, those of each region's class: (R, 4); 0 for background."""
+        """The deltas of each region's class, (R, 4), from (R, 4) or (R, 4 K) predicted ones; 0 for background."""
         deltas = deltas.unflatten(1, (-1, 4))
         index = torch.where(self.foreground & (deltas.shape[1] > 1), self.classes, 0)
         chosen = deltas.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
@@ -214,7 +214,7 @@ class RegionTaps:
 
     @contextlib.contextmanager
     def recording(self):
-        """Record inside this context; an exception inside leaves nothing recorded."""
+        """A context in which regions are recorded; after an exception, nothing is."""
         self._clear()
 
         def read_pooler(module, args, output):

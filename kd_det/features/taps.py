@@ -43,11 +43,11 @@ _FOREIGN_BLOCKS = {
 
 class _ReLUInput(TorchFunctionMode):
     """
-    Inside a block, runs every ReLU out of place and remembers the input and output of the latest one.
+    A context that runs every ReLU of a block out of place, and keeps the input and output of the latest one.
 
     Blocks end in an in-place ReLU, so a forward hook on any of their modules sees the value only after it was
-    overwritten. Running the ReLU out of place keeps the value with its graph at the price of one map of memory, and
-    changes no output bit.
+    overwritten. Running the ReLU out of place keeps the value with its graph for one map of memory more, and changes
+    no output bit.
     """
 
     def __init__(self):
@@ -95,10 +95,10 @@ class Taps:
             side: what messages call the model, e.g. "student".
 
         Raises:
-            ValueError: a name that names no place; says the nearest ones that do.
+            ValueError: a name that names no place; lists the nearest that do.
         """
         self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
-        self._values: Dict[str, List[Tuple[Tensor, int]]] = {}
+        self._values: Dict[str, List[Tuple[Tensor, Optional[int]]]] = {}
         self.is_recording = False
         self._stops = False
         for name, place in self._places.items():
@@ -140,7 +140,9 @@ class Taps:
 
     def record(self, name: str, value: Tensor) -> None:
         """Called by the hooks: the value of a place, each time its module has run."""
-        self._values[name].append((value, value._version))
+        # What a compiled network returns has versions of its own.
+        version = None if torch.compiler.is_compiling() else value._version
+        self._values[name].append((value, version))
         if self._stops and all(self._values.values()):
             raise _Complete
 
@@ -157,7 +159,7 @@ class Taps:
         if silent:
             raise RuntimeError(f"nothing was recorded at {silent}: their modules did not run in the forward")
         for name, maps in values.items():
-            if any(value._version != version for value, version in maps):
+            if any(version not in (None, value._version) for value, version in maps):
                 raise RuntimeError(
                     f"tap {name!r}: the network overwrote this module's output in place, so its value is gone; "
                     f"tap the block around it, or the block's {PRE_ACTIVATION}."
@@ -309,8 +311,8 @@ def _find_place(model: nn.Module, name: str, side: str) -> _Place:
         return _Place(block, pre_activation=True)
 
     for network in _networks(model):
-        # A stage's own module is preferred to the key of the network's output: it is filled before the network ends.
-        # Not in another library's, whose stages may speak another format than the network that wraps them.
+        # The stage's module comes before the network's output of that name, because it runs earlier. Networks of other
+        # libraries are the exception: their modules may give another memory layout (NHWC) than the outputs.
         stages, outputs = _stages(network), _output_shape(network)
         if name in stages and not (name in outputs and hasattr(network, "stage_modules")):
             return _Place(stages[name])

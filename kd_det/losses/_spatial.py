@@ -1,7 +1,7 @@
 """What every loss on feature maps needs before its formula: checks, float32, one spatial size, the valid mask."""
 
 import functools
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +40,26 @@ class Maps(NamedTuple):
 
 
 def full_precision(function):
-    """Runs ``function`` with autocast off on the device of its first tensor. Casting is left to :func:`to_float`."""
+    """
+    Runs ``function`` with autocast off on the device of its first tensor, which may be inside a list of levels. Casting
+    is left to :func:`to_float`.
+    """
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        device = next((x.device.type for x in _tensors((*args, *kwargs.values()))), "cpu")
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return wrapper
+
+
+def _tensors(values) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def to_float(name: str, student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
@@ -145,16 +156,14 @@ def unit_rows(x: Tensor) -> Tensor:
     under- or overflow.
     """
     # The quotient does not depend on the scale of a row, so the peak needs no gradient.
-    x = x / peak(x, -1)
+    largest = peak(x, -1)
+    x = x / largest.masked_fill_(largest <= torch.finfo(x.dtype).tiny, torch.inf)
     # A live row now has a norm of at least 1.
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=0.5)
 
 
 def peak(x: Tensor, dims) -> Tensor:
-    """
-    The largest magnitude over ``dims``, which are kept, without gradient. Infinite where all are 0, so that what is
-    divided by it is 0 and has zero gradient.
-    """
+    """The largest magnitude over ``dims``, which are kept; no gradient, at least the type's least normal number."""
     x = x.detach()
     # On a CPU the norm takes five times as long as the two reductions that are two kernels elsewhere.
     largest = (
@@ -162,7 +171,7 @@ def peak(x: Tensor, dims) -> Tensor:
         if x.device.type == "cpu"
         else torch.linalg.vector_norm(x, torch.inf, dims, keepdim=True)
     )
-    return largest.masked_fill_(largest < torch.finfo(x.dtype).tiny, torch.inf)
+    return largest.clamp_(min=torch.finfo(x.dtype).tiny)
 
 
 def within_range(function: Callable, magnitudes: Callable, dims, x: Tensor) -> Tuple:

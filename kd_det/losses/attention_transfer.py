@@ -3,6 +3,7 @@
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
@@ -82,11 +83,10 @@ def attention_transfer_loss(
     maps = match_maps(name, student, teacher, valid)
     if maps.empty:
         return zero_loss(maps.student)
-    distance = _unit_attention(maps.student, mapping, p, maps.invalid) - _unit_attention(
-        maps.teacher, mapping, p, maps.invalid
-    )
-    loss = distance.square().sum(1)
-    return (loss / maps.positions() if reduction == "element" else loss).mean()
+    student, teacher = (_unit_attention(x, mapping, p, maps.invalid) for x in (maps.student, maps.teacher))
+    if reduction == "image":
+        return F.mse_loss(student, teacher, reduction="sum") / len(student)
+    return ((student - teacher).square().sum(1) / maps.positions()).mean()
 
 
 @full_precision

@@ -33,7 +33,7 @@ def hint_loss(student: Tensor, teacher: Tensor, *, valid: Optional[Tensor] = Non
     if maps.empty:
         return zero_loss(maps.student)
     n, c = maps.student.shape[:2]
-    weights = 1 / (n * c * maps.positions())
+    weights = (n * c * maps.positions()).reciprocal()
     return squared_error(maps.student, maps.teacher, weights, maps.invalid)
 
 

@@ -83,8 +83,8 @@ def _classes(network: nn.Module, taps: Sequence[str], side: str) -> list[tuple[i
     """
     The number of classes to compare at each tap (of regions, without taps), and K where they are sigmoids.
 
-    RetinaNet and FCOS have A K channels and none for the background, which is the answer of a head whose K sigmoids all
-    say no; a softmax would need K + 1.
+    RetinaNet and FCOS have A K channels and none for the background, which is where all K sigmoids of a head are low;
+    a softmax would need K + 1 channels.
     """
     if not taps:
         return [(RegionHead(getattr(network, "roi_heads", None), side=side).num_classes, None)]

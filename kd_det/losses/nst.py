@@ -70,7 +70,7 @@ def nst_loss(
         return _linear_mmd(s, t) if kernel == "linear" else _square_mmd_by_positions(s, t)
     products = _UnitProducts.apply(s, t, invalid)
     cs, ct = s.shape[1], t.shape[1]
-    values = (products + offset).pow(degree) if kernel == "poly" else _gaussian(products, cs)
+    values = _gaussian(products, cs) if kernel == "gaussian" else _poly(products, degree, offset)
     u = s.new_full((cs + ct,), 1 / cs)
     u[cs:].fill_(-1 / ct)
     loss = (values @ u @ u).mean()
@@ -133,6 +133,10 @@ def _live_squares(gram: Tensor) -> Tensor:
     """The squared norm of each channel, and 1 for a dead one, so that it can divide."""
     squares = gram.diagonal(dim1=1, dim2=2)
     return torch.where(squares == 0, 1, squares)
+
+
+def _poly(products: Tensor, degree: int, offset: float) -> Tensor:
+    return (products + offset if offset else products).pow(degree)
 
 
 def _gaussian(products: Tensor, student_channels: int) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from detectron2.config import CfgNode
 
+from kd_det.engine.lock import LOCK_FILE
 from kd_det.errors import UserError
 from kd_det.study.run_config import holds_config
 
@@ -92,8 +93,8 @@ class Run:
 
     def holds_other_files(self) -> bool:
         """Whether something is in its folder, but no run."""
-        found = os.listdir(self.output_dir) if os.path.isdir(self.output_dir) else []
-        return bool(found) and "config.yaml" not in found
+        found = set(os.listdir(self.output_dir)) if os.path.isdir(self.output_dir) else set()
+        return bool(found - {LOCK_FILE}) and "config.yaml" not in found
 
     def complete(self, *, log: int | None = None) -> None:
         """

@@ -108,7 +108,7 @@ LOSSES = ("NSTLoss", "AttentionTransferLoss", "OverhaulLoss", "SimilarityLoss", 
 
 
 def test_autocast_changes_roundings_only(tmp_path):
-    cfg = distilled_cfg(tmp_path, *LOSSES, "GradientAttentionLoss")
+    cfg = distilled_cfg(tmp_path, *LOSSES)
     model = build_model(cfg).train()
     model(images())  # calibrates the margins
     for module in model.modules():

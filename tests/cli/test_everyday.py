@@ -23,7 +23,7 @@ def run(tmp_path):
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
     (tmp_path / "run.yaml").write_text(cfg.dump())
     yield tmp_path
-    for name in ("own", "background"):
+    for name in ("mine", "background"):
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
@@ -71,14 +71,14 @@ CLASSES = ["0", "1", "2"]
 
 def test_a_data_set_without_evaluator_type_is_evaluated_as_coco(run):
     """D4: the tool refused what its own Trainer evaluates."""
-    register("own", thing_classes=CLASSES)
-    both = sets("('own',)", "('own',)")
+    register("mine", thing_classes=CLASSES)
+    both = sets("('mine',)", "('mine',)")
     cfg, _ = check(run, *both)
-    names = MetadataCatalog.get("own").thing_classes
-    MetadataCatalog.remove("own")
-    assert "'own' cannot be evaluated: its metadata lacks thing_classes" in message_of(run, *both)
-    MetadataCatalog.get("own").set(thing_classes=names)
-    assert isinstance(Trainer.build_evaluator(cfg, "own"), COCOEvaluator)
+    names = MetadataCatalog.get("mine").thing_classes
+    MetadataCatalog.remove("mine")
+    assert "'mine' cannot be evaluated: its metadata lacks thing_classes" in message_of(run, *both)
+    MetadataCatalog.get("mine").set(thing_classes=names)
+    assert isinstance(Trainer.build_evaluator(cfg, "mine"), COCOEvaluator)
 
 
 def test_a_set_of_background_beside_one_with_boxes(run):
@@ -145,10 +145,10 @@ def test_annotations_of_other_tools_are_evaluated(run, monkeypatch, edit, fast):
 )
 def test_dataset_dicts_that_lack_what_is_read_later(run, key, message):
     """D9: a KeyError at step 0 or after training."""
-    register("own", drop=[key], thing_classes=CLASSES)
-    assert message in message_of(run, *sets("('own',)", "('own',)"))
+    register("mine", drop=[key], thing_classes=CLASSES)
+    assert message in message_of(run, *sets("('mine',)", "('mine',)"))
     if key == "image_id":
-        check(run, *sets("('own',)", "()"))  # only evaluation reads it
+        check(run, *sets("('mine',)", "()"))  # only evaluation reads it
 
 
 KEYPOINTS = ("MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5")

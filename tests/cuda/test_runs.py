@@ -26,9 +26,9 @@ def load(cfg, name="model_final.pth") -> dict:
     return torch.load(os.path.join(cfg.OUTPUT_DIR, name), weights_only=True, map_location="cpu")
 
 
-def assert_similar(found: dict, expected: dict):
+def assert_similar(found: dict, expected: dict, *, atol: float):
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-2, atol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(found[key], value, rtol=0.02, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_float16_with_scaled_gradients_resumes(tmp_path, device):
@@ -43,7 +43,7 @@ def test_float16_with_scaled_gradients_resumes(tmp_path, device):
     with open(os.path.join(resumed.OUTPUT_DIR, "last_checkpoint"), "w") as f:
         f.write("model_0000003.pth")
     assert run(resumed, resume=True).start_iter == 4
-    assert_similar(load(resumed)["model"], load(cfg)["model"])
+    assert_similar(load(resumed)["model"], load(cfg)["model"], atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -58,7 +58,7 @@ def test_mixed_precision_changes_little(tmp_path, device, precision):
     run(cfg)
     found = load(cfg)["model"]
     assert all(value.dtype == expected[key].dtype for key, value in found.items())
-    assert_similar(found, expected)
+    assert_similar(found, expected, atol=0.02)
 
 
 def test_evaluation_and_workers(tmp_path, device):

@@ -451,7 +451,7 @@ def resume_with_another_folder(cfg):
     if comm.get_rank() == 1:  # another machine's disk
         cfg.OUTPUT_DIR += "_of_the_other_machine"
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    with pytest.raises(ValueError, match="holds a checkpoint, but not on the machines"):
+    with pytest.raises(FileNotFoundError, match="holds a checkpoint, but not on the machines"):
         Trainer(cfg).resume_or_load(resume=True)
     return {"refused": True}
 

@@ -290,8 +290,8 @@ RETINANET = {
 
 def test_an_argument_turns_a_plain_config_into_distillation(tmp_path):
     teacher = teacher_file(tmp_path)
-    args = arguments(tmp_path, tiny_cfg(), "--teacher", teacher, "--teacher-weights", str(tmp_path / "t.pth"))
-    cfg = load_config(args)
+    cfg = tiny_cfg()
+    add_teacher(cfg, teacher, weights=str(tmp_path / "t.pth"))
     assert cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.KD.STUDENT.META_ARCHITECTURE == "GeneralizedRCNN"
     assert cfg.KD.LOSSES == ("NST", "SoftTarget")
     assert cfg.KD.NST.STUDENT_TAPS == ("p2", "p3", "p4", "p5")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from torch import nn
 
 from kd_det.engine.step import TrainStep
@@ -59,3 +61,35 @@ def test_losses_of_several_devices_and_precisions(tmp_path, storage):  # D2: sta
         "loss_half": 3.0,
         "total_loss": 9.0,
     }
+
+
+class Store(PathHandler):
+    """Remote storage, kept in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def _get_supported_prefixes(self):
+        return ["store://"]
+
+    def _open(self, path, mode="r", buffering=-1, **kwargs):
+        return open(path.replace("store:/", str(self.folder)), mode)
+
+    def _mkdirs(self, path, **kwargs):
+        self.folder.joinpath(path.removeprefix("store://")).mkdir(parents=True, exist_ok=True)
+
+
+def test_a_batch_is_dumped_to_remote_storage(tmp_path, storage):  # D37: a folder named "s3:" was made
+    PathManager.register_handler(Store(tmp_path), allow_override=True)
+    model = Lossy()
+    model.weight.data.fill_(float("nan"))
+    step = TrainStep(
+        model, [[{"file_name": "a.png"}]], torch.optim.SGD(model.parameters(), lr=1.0), dump_dir="store://d"
+    )
+    step.iter = 3
+    with pytest.raises(
+        FloatingPointError, match="iteration 3: .*loss is nan.*a.png.*store://d/iter_0000003_rank_0.pth"
+    ):
+        step.run_step()
+    dump = torch.load(tmp_path / "d" / "iter_0000003_rank_0.pth", weights_only=True)
+    assert dump["losses"]["loss"].isnan() and dump["batch"] == [{"file_name": "a.png"}]

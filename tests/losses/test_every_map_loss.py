@@ -1,11 +1,13 @@
 """What holds for every loss on feature maps, whatever its formula."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
 
 from kd_det.losses import _blocks
+from kd_det.losses._spatial import full_precision
 from kd_det.losses.attention_transfer import attention_transfer_loss
 from kd_det.losses.fgd import fgd_loss
 from kd_det.losses.hint import hint_loss
@@ -246,3 +248,11 @@ def test_a_second_derivative_is_refused(name):
     (grad,) = torch.autograd.grad(weight * loss_fn(student, teacher), student, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("nest", [lambda x: x, lambda x: [x], lambda x: ((x,), 1)], ids=["tensor", "list", "tuples"])
+def test_autocast_is_off_on_the_device_of_the_tensors(monkeypatch, nest):
+    devices = []
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: devices.append(device) or contextlib.nullcontext())
+    full_precision(lambda *args: None)("name", nest(torch.empty(1, device="meta")))
+    assert devices == ["meta"]

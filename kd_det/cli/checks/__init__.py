@@ -26,6 +26,7 @@ CHECKS = (
     model.check_model,
     model.check_norms,
     model.check_weights,
+    evaluation.check_test_time_augmentation,
 )
 DETECTOR_CHECKS = (
     data.check_input,
@@ -35,7 +36,6 @@ DETECTOR_CHECKS = (
     classes.check_teacher_classes,
     evaluation.check_evaluators,
     evaluation.check_keypoints,
-    evaluation.check_test_time_augmentation,
 )
 CLASSIFIER_CHECKS = (
     classification.check_input,
