@@ -217,10 +217,8 @@ class FGDLoss(ConnectedLoss):
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
-        node = cfg.KD.FGD
         options = ("TEMPERATURE", "ALPHA", "BETA", "GAMMA", "RELATION")
-        return {**ret, **{option.lower(): node[option] for option in options}}
+        return {**super().from_config(cfg, student, teacher), **{key.lower(): cfg.KD.FGD[key] for key in options}}
 
     def forward(self, student, teacher, context):
         boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
