@@ -40,11 +40,6 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """:func:`build_basic_resnet_backbone` under Detectron2's feature pyramid, p2 to p6."""
-    return FPN(
-        bottom_up=build_basic_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    node, bottom_up = cfg.MODEL.FPN, build_basic_resnet_backbone(cfg, input_shape)
+    options = {"norm": node.NORM, "top_block": LastLevelMaxPool(), "fuse_type": node.FUSE_TYPE}
+    return FPN(bottom_up, node.IN_FEATURES, node.OUT_CHANNELS, **options)

@@ -168,17 +168,10 @@ def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
 
 
 def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
-    in_features, given = cfg.MODEL.FPN.IN_FEATURES, list(bottom_up.output_shape())
-    if not in_features or not set(in_features) <= set(given):
-        raise ValueError(f"MODEL.FPN.IN_FEATURES {list(in_features)} must be among MODEL.TIMM.OUT_FEATURES {given}.")
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=in_features,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    node, wanted, given = cfg.MODEL.FPN, list(cfg.MODEL.FPN.IN_FEATURES), list(bottom_up.output_shape())
+    if not wanted or not set(wanted) <= set(given):
+        raise ValueError(f"MODEL.FPN.IN_FEATURES {wanted} must be among MODEL.TIMM.OUT_FEATURES {given}.")
+    return FPN(bottom_up, wanted, node.OUT_CHANNELS, norm=node.NORM, top_block=top_block, fuse_type=node.FUSE_TYPE)
 
 
 def _warn_of_other_images(cfg: CfgNode) -> None:
