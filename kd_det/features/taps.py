@@ -98,6 +98,7 @@ class Taps:
             ValueError: a name that names no place; lists the nearest that do.
         """
         self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
+        self._are_levels = set(self._places) <= set(tap_names(model))
         self._values: Dict[str, List[Tuple[Tensor, Optional[int]]]] = {}
         self.is_recording = False
         self._stops = False
@@ -119,7 +120,8 @@ class Taps:
         Record what the model computes inside this context. An exception inside leaves nothing recorded.
 
         Args:
-            stop_when_complete: leave the forward, and the context, as soon as every place has been read once.
+            stop_when_complete: leave the forward, and the context, as soon as every place has been read once. Only where
+                all of them are levels: another module may run again, once a level.
 
         Raises:
             RuntimeError: the context is entered inside itself.
@@ -127,7 +129,7 @@ class Taps:
         if self.is_recording:
             raise RuntimeError("these taps are recording already: one forward at a time")
         self._values = {name: [] for name in self._places}
-        self.is_recording, self._stops = True, stop_when_complete
+        self.is_recording, self._stops = True, stop_when_complete and self._are_levels
         try:
             yield self
         except _Complete:
