@@ -15,7 +15,7 @@ from torch import nn
 from kd_det.data import DatasetError, evaluator_type
 from kd_det.engine.evaluation import COCOEvaluator, test_with_augmentation
 from kd_det.engine.loader import build_train_loader
-from kd_det.engine.resuming import RESUME_SOLVER, check_optimizer_state, options_of, settle_options
+from kd_det.engine.resuming import RESUME_SOLVER, options_of, settle_options
 from kd_det.engine.step import PRECISIONS, TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
 from kd_det.errors import UserError, one_line, unknown_name
@@ -171,7 +171,6 @@ class Trainer(DefaultTrainer):
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
         else:
-            check_optimizer_state(self.model, self.optimizer, state_dict["_trainer"]["optimizer"])
             configured = options_of(self.optimizer)
             self._trainer.load_state_dict(state_dict["_trainer"])
             apply = self.cfg.get("KD", {}).get("RESUME_SOLVER", "checkpoint") == "config"
