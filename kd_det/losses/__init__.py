@@ -15,9 +15,10 @@ from kd_det.losses.dkd import DKDLoss, dkd_loss
 from kd_det.losses.fgd import FGDLoss, fgd_loss
 from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
 from kd_det.losses.hint import HintLoss, hint_loss
+from kd_det.losses.margin import margin_from_norm, margin_relu
 from kd_det.losses.mgd import MGDLoss, mgd_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
-from kd_det.losses.overhaul import OverhaulLoss, margin_from_norm, margin_relu, overhaul_loss, partial_l2_loss
+from kd_det.losses.overhaul import OverhaulLoss, overhaul_loss, partial_l2_loss
 from kd_det.losses.pkd import PKDLoss, pkd_loss
 from kd_det.losses.review import ReviewKDLoss, hierarchical_context_loss
 from kd_det.losses.similarity import SimilarityLoss, similarity_preserving_loss

@@ -4,16 +4,17 @@ FGD, focal and global knowledge distillation for detectors: arXiv 2111.11837.
 Shapes: maps are (N, C, H, W); G boxes in an image.
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import List, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from kd_det.features.context import to_device, valid_mask
-from kd_det.losses._blocks import squared_error
+from kd_det.features.context import to_device
+from kd_det.losses._gradients import with_gradient
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
 from kd_det.losses.connected import ConnectedLoss
@@ -66,70 +67,84 @@ def fgd_loss(
         raise ValueError(f"fgd_loss: the temperature must be a positive number, found {temperature}.")
     if maps.empty:
         return zero_loss(maps.student)
-    mask = None if maps.valid is None else maps.valid[:, 0].cpu()
-    weights = _region_weights(boxes, canvas, maps.student.shape[2:], mask, alpha, beta).to(maps.student)
-    student, teacher = _without_padding(maps)
-    return _focal(student, teacher, maps, weights, temperature, gamma)
+    return _focal(_join([maps], boxes, canvas), temperature, alpha, beta, gamma)
 
 
-def _without_padding(maps: Maps) -> Tuple[Tensor, Tensor]:
-    if maps.valid is None:
-        return maps.student, maps.teacher
-    return maps.student.masked_fill(maps.invalid, 0), maps.teacher.masked_fill(maps.invalid, 0)
+class _Levels(NamedTuple):
+    """L levels side by side, so that the number of kernels does not grow with them; P positions in all."""
+
+    student: Tensor  # (N, C, P), 0 where there is no image
+    teacher: Tensor
+    inside: Tensor  # (N, L, P), 1 where a position belongs to the level and holds image, else 0
+    positions: Tensor  # (N, L), how many those are, at least 1 so that it can divide
+    foreground: Tensor  # (N, P), see _foreground
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """(..., N, L or 1, P) to (..., N, L, P), over the positions of each level."""
+        return logits.masked_fill(self.inside == 0, torch.finfo(logits.dtype).min).softmax(-1)
 
 
-def _focal(student: Tensor, teacher: Tensor, maps: Maps, weights: Tensor, temperature: float, gamma: float) -> Tensor:
-    """
-    Args:
-        student, teacher: those of ``maps``, 0 where it holds no image.
-        weights: (N, H, W), see :func:`_region_weights`.
-    """
-    n, c = student.shape[:2]
-    positions = maps.positions()
-    spatial_s, channel_s = _attention(student, temperature, maps.invalid, positions)
-    spatial_t, channel_t = _attention(teacher, temperature, maps.invalid, positions)
-    # Attentions have a mean of 1 as published: these probabilities are multiplied by the number of entries.
-    weights = (spatial_t * weights.flatten(1) * positions[:, None])[:, :, None]
-    error = (student - teacher).square().flatten(2) @ weights
-    spatial = (spatial_s - spatial_t).abs().sum(1).dot(positions)
-    channel = (channel_s - channel_t).abs().sum()
-    return ((error[:, :, 0] * channel_t).sum() * c + gamma * (spatial + c * channel)) / n
+def _join(levels: Sequence[Maps], boxes: Sequence[Tensor], canvas: Tuple[int, int]) -> _Levels:
+    student, teacher = (torch.cat([maps[i].flatten(2) for maps in levels], 2) for i in range(2))
+    foreground = torch.cat([_foreground(boxes, canvas, maps.student.shape[2:]) for maps in levels], 1)
+    inside = torch.block_diag(*(torch.ones(1, maps.student[0, 0].numel()) for maps in levels))
+    # Both are copied to the device at once.
+    host = torch.cat([foreground, inside]).to(student.dtype)
+    foreground, inside = to_device(host, student.device).split([len(student), len(levels)])
+    inside = inside.expand(len(student), -1, -1)
+    if any(maps.valid is not None for maps in levels):
+        masks = (torch.ones_like(m.student[:, :1]).bool() if m.valid is None else m.valid for m in levels)
+        valid = torch.cat([mask.flatten(2) for mask in masks], 2)
+        student, teacher, inside = (x.masked_fill(~valid, 0) for x in (student, teacher, inside))
+    return _Levels(student, teacher, inside, inside.sum(2).clamp(min=1), foreground)
 
 
-def _attention(x: Tensor, temperature: float, invalid: Optional[Tensor], positions: Tensor) -> Tuple[Tensor, Tensor]:
-    """Softmaxes of mean magnitudes over positions, (N, H W), and over channels, (N, C)."""
-    magnitude = x.abs()
-    over_positions = magnitude.mean(1).flatten(1) / temperature
-    if invalid is not None:
-        over_positions = over_positions.masked_fill(invalid.flatten(1), torch.finfo(x.dtype).min)
-    over_channels = magnitude.sum((2, 3)) / (temperature * positions[:, None])
-    return over_positions.softmax(1), over_channels.softmax(1)
-
-
-def _region_weights(
-    boxes: Sequence[Tensor],
-    canvas: Tuple[int, int],
-    size: Tuple[int, int],
-    valid: Optional[Tensor],
-    alpha: float,
-    beta: float,
-) -> Tensor:
-    """
-    (N, H, W), on the host: alpha / area, in positions, of the smallest box that a position lies in; beta / (number of
-    such positions) outside of all boxes; 0 where there is no image.
-    """
-    foreground = torch.zeros(len(boxes), *size)
+def _foreground(boxes: Sequence[Tensor], canvas: Tuple[int, int], size: Tuple[int, int]) -> Tensor:
+    """(N, H W) on the host: 1 / area, in positions, of the smallest box that a position lies in; 0 outside of all."""
+    masks = torch.zeros(len(boxes), *size)
     scale = torch.tensor([size[1] / canvas[1], size[0] / canvas[0]]).repeat(2)
-    for mask, image_boxes in zip(foreground, boxes):
+    for mask, image_boxes in zip(masks, boxes):
         scaled = image_boxes.detach().float().cpu() * scale
         for (x1, y1), (x2, y2) in zip(scaled[:, :2].floor().long().tolist(), scaled[:, 2:].ceil().long().tolist()):
             # Both ends belong to the box, as in the published code.
             inside = mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1]
             inside.clamp_(min=1 / ((y2 + 1 - y1) * (x2 + 1 - x1)))
-    background = foreground == 0
-    if valid is not None:
-        foreground, background = foreground * valid, background & valid
-    return alpha * foreground + beta * background / background.sum((1, 2), keepdim=True).clamp(min=1)
+    return masks.flatten(1)
+
+
+def _sums(x: _Levels, magnitude: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of |map| over channels, (N, 1, P), and over the positions of each level, (N, C, L)."""
+    return magnitude.sum(1, keepdim=True), magnitude @ x.inside.mT
+
+
+def _attentions(x: _Levels, over_channels: Tensor, over_positions: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+    """From :func:`_sums` to (N, L, P) and (N, C, L), whose mean is 1 as published."""
+    c = over_positions.shape[1]
+    spatial = x.softmax(over_channels / (c * temperature)) * x.positions[..., None]
+    return spatial, c * (over_positions / (temperature * x.positions[:, None])).softmax(1)
+
+
+def _focal(x: _Levels, temperature: float, alpha: float, beta: float, gamma: float) -> Tensor:
+    spatial, channel = _attentions(x, *_sums(x, x.teacher.abs()), temperature)
+    background = x.inside * (x.foreground == 0)[:, None]
+    background = background / background.sum(2, keepdim=True).clamp(min=1)
+    weights = spatial * (alpha * x.foreground[:, None] + beta * background)
+
+    def value_and_gradient(student: Tensor) -> Tuple[Tensor, Tensor]:
+        # Few maps are written: on a CPU, writing a new one takes longer than its arithmetic.
+        scratch = student.abs()
+        with torch.enable_grad():
+            sums = [y.requires_grad_() for y in _sums(x, scratch)]
+            attentions = zip(_attentions(x, *sums, temperature), (spatial, channel))
+            distance = gamma * sum((s - t).abs().sum() for s, t in attentions)
+        residual = torch.sub(student, x.teacher, out=scratch)
+        weighted = (channel @ weights).mul_(residual)
+        value = distance.detach() + residual.mul_(weighted).sum()
+        by_magnitude = torch.baddbmm(*torch.autograd.grad(distance, sums), x.inside)
+        gradient = torch.sign(student, out=scratch).mul_(by_magnitude)
+        return value, gradient.add_(weighted, alpha=2)
+
+    return with_gradient(x.student, value_and_gradient) / len(x.student)
 
 
 class _GlobalContext(nn.Module):
@@ -148,13 +163,19 @@ class _GlobalContext(nn.Module):
         nn.init.zeros_(self.transform[-1].weight)
         nn.init.zeros_(self.transform[-1].bias)
 
-    def forward(self, x: Tensor, invalid: Optional[Tensor]) -> Tensor:
-        """(N, C, H, W), finite where it is invalid, to (N, C)."""
-        x = x.flatten(2)
-        logits = F.conv1d(x, self.attention.weight[..., None], self.attention.bias)
-        if invalid is not None:
-            logits = logits.masked_fill(invalid.flatten(2), torch.finfo(x.dtype).min)
-        return self.transform((x @ logits.softmax(2).mT)[:, :, 0])
+
+def _context_difference(student: Sequence[_GlobalContext], teacher: Sequence[_GlobalContext], x: _Levels) -> Tensor:
+    """What the student's levels add to each channel more than the teacher's, (N, C, L)."""
+    parameters = zip(*(block.parameters() for block in (*student, *teacher)))
+    attention, bias, first, first_bias, scale, shift, last, last_bias = (torch.stack(p) for p in parameters)
+    sides = list(zip((x.student, x.teacher), attention[:, 0].chunk(2), bias.chunk(2)))
+    logits = torch.stack([torch.baddbmm(b, a.expand(len(y), -1, -1), y) for y, a, b in sides])
+    contexts = torch.stack([y @ p.mT for (y, _, _), p in zip(sides, x.softmax(logits))])
+    # The products give their weights' gradients in the weights' memory format, so that none is copied.
+    hidden = torch.baddbmm(first_bias[..., None], first, contexts.permute(0, 3, 2, 1).flatten(0, 1)).mT
+    hidden = torch.addcmul(shift[:, None], F.layer_norm(hidden, hidden.shape[2:]), scale[:, None]).relu()
+    student, teacher = torch.baddbmm(last_bias[..., None], last, hidden.mT).chunk(2)
+    return (student - teacher).permute(2, 1, 0)
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
@@ -196,10 +217,8 @@ class FGDLoss(ConnectedLoss):
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        ret = super().from_config(cfg, student, teacher)
-        node = cfg.KD.FGD
         options = ("TEMPERATURE", "ALPHA", "BETA", "GAMMA", "RELATION")
-        return {**ret, **{option.lower(): node[option] for option in options}}
+        return {**super().from_config(cfg, student, teacher), **{key.lower(): cfg.KD.FGD[key] for key in options}}
 
     def forward(self, student, teacher, context):
         boxes = [instances.gt_boxes.tensor for instances in context.ground_truth()]
@@ -207,29 +226,14 @@ class FGDLoss(ConnectedLoss):
         levels = [match_maps("FGDLoss", *pair, same_channels=True) for pair in pairs]
         if levels[0].empty:
             return sum(zero_loss(maps.student) for maps in levels)
-        return self._sum_of_levels(levels, self._weights(levels, boxes, context))
-
-    def _weights(self, levels: Sequence[Maps], boxes: Sequence[Tensor], context) -> List[Tensor]:
-        """:func:`_region_weights` of every level, copied to the device all at once."""
-        made = []
-        for maps in levels:
-            size = tuple(maps.student.shape[2:])
-            valid = None if maps.valid is None else valid_mask(context.image_sizes, context.canvas, size)[:, 0]
-            made.append(
-                _region_weights(boxes, context.canvas, size, valid, self.options["alpha"], self.options["beta"])
-            )
-        student = levels[0].student
-        flat = to_device(torch.cat([weights.flatten() for weights in made]).to(student.dtype), student.device)
-        return [x.view(w.shape) for x, w in zip(flat.split([w.numel() for w in made]), made)]
-
-    @full_precision
-    def _sum_of_levels(self, levels: Sequence[Maps], weights: Sequence[Tensor]) -> Tensor:
-        total = 0.0
-        for level, (maps, level_weights) in enumerate(zip(levels, weights)):
-            s, t = _without_padding(maps)
-            focal = _focal(s, t, maps, level_weights, self.options["temperature"], self.options["gamma"])
-            contexts = self.student_contexts[level](s, maps.invalid), self.teacher_contexts[level](t, maps.invalid)
-            shifted = s + (contexts[0] - contexts[1])[:, :, None, None]
-            each = s.new_full((len(s),), 1 / len(s))
-            total = total + focal + self.relation * squared_error(shifted, t, each, maps.invalid)
-        return total
+        with torch.autocast(levels[0].student.device.type, enabled=False):
+            total = 0.0
+            levels = zip(levels, self.student_contexts, self.teacher_contexts)
+            # Those of an FPN have as many channels, and make one group.
+            for _, group in itertools.groupby(levels, lambda level: level[0].student.shape[1]):
+                maps, *contexts = zip(*group)
+                x = _join(maps, boxes, context.canvas)
+                shifted = torch.baddbmm(x.student, _context_difference(*contexts, x), x.inside)
+                relation = F.mse_loss(shifted, x.teacher, reduction="sum") / len(x.student)
+                total = total + _focal(x, **self.options) + self.relation * relation
+            return total

@@ -165,7 +165,11 @@ class Teacher:
         try:
             if not self.taps.names and self.head is None:
                 return TeacherMaps({}, {}, self._canvas or (0, 0))
-            with self.taps.recording(stop_when_complete=self._heads == [] and self.head is None):
+            stops = self._heads == [] and self.head is None
+            # A dtype of its own is not to be cast to that of the student's autocast.
+            casts = self._dtype == torch.float32
+            autocast = contextlib.nullcontext() if casts else torch.autocast(device.type, enabled=False)
+            with self.taps.recording(stop_when_complete=stops), autocast:
                 if self._heads is None:
                     self.model(self.inputs(batched_inputs))
                 else:

@@ -74,3 +74,18 @@ def test_bad_arguments(tmp_path, share, batches, message):
 def test_a_model_without_losses():
     with pytest.raises(ValueError, match="no distillation losses to measure"):
         measure_losses(build_model(tiny_cfg(MODEL__META_ARCHITECTURE="Distiller")), [batch()])
+
+
+def test_what_only_a_loss_reaches_does_not_count(tmp_path):  # D32
+    levels = {"MODEL__RPN__IN_FEATURES": ["p3", "p4", "p5", "p6"], "MODEL__ROI_HEADS__IN_FEATURES": ["p3", "p4", "p5"]}
+    anchors = {"MODEL__ANCHOR_GENERATOR__SIZES": [[16], [32], [64], [128]]}
+    cfg = distillation_cfg(tmp_path, "NST", KD__NST__STUDENT_TAPS=["p2"], **levels, **anchors)
+    model = build_model(cfg).train()
+    torch.manual_seed(0)
+    _, nst = measure_losses(model, [batch()])
+    model.zero_grad()
+    model(batch())["loss_nst"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    own = [g for name, g in gradients.items() if not name.startswith(("backbone.fpn_output2", "backbone.fpn_lateral2"))]
+    assert len(own) == len(gradients) - 4
+    assert nst.gradient == pytest.approx(torch.stack([g.double().norm() for g in own]).norm().item(), rel=1e-3)

@@ -237,7 +237,7 @@ def test_channels_may_differ(name):
 
 
 # Plain autograd has a second derivative.
-HAND_WRITTEN = [n for n in LOSSES if n not in ("fgd", "nst_linear", "at_sum", "at_cubic", "at_max_pow")]
+HAND_WRITTEN = [n for n in LOSSES if n not in ("nst_linear", "at_sum", "at_cubic", "at_max_pow")]
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)

@@ -2,10 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from kd_det.features.context import StepContext
-from kd_det.losses.fgd import _GlobalContext, fgd_loss
+from kd_det.losses.fgd import FGDLoss, fgd_loss
 from kd_det.losses.mgd import MGDLoss, mgd_loss
 from tests.tiny import batch, distillation_cfg
 
@@ -78,17 +79,32 @@ def test_fgd_of_a_padded_batch_is_the_mean_of_its_images():
     assert not gradient.masked_select(~valid).any() and gradient.masked_select(valid).all()
 
 
-def test_global_context_starts_as_nothing_and_reads_valid_positions_only():
-    block = _GlobalContext(4).double()
-    x = randn(1, 4, 3, 5)
-    assert not block(x, None).any()
-    nn.init.normal_(block.transform[-1].weight)
-    valid = torch.zeros(1, 1, 3, 5, dtype=torch.bool)
-    valid[..., :2, :3] = True
-    torch.testing.assert_close(block(x, ~valid), block(x[..., :2, :3], None))
-    logits = (block.attention.weight[0][:, None, None] * x[0]).sum(0).flatten()
-    context = (x[0].flatten(1) * logits.softmax(0)).sum(1)
-    torch.testing.assert_close(block(x, None)[0], block.transform(context))
+@pytest.mark.parametrize("channels", [(4, 4, 4), (4, 6, 4)])  # of an FPN, and of a backbone
+def test_fgd_of_levels_is_the_sum_of_each_with_its_global_relation(channels):
+    taps = [f"p{i}" for i in range(3)]
+    loss = FGDLoss(student_channels=channels, teacher_channels=channels, student_taps=taps, relation=0.1, alpha=1.0)
+    loss = loss.double()
+    for parameter in loss.parameters():
+        nn.init.normal_(parameter)
+    # The second image ends within the first two levels and fills the last.
+    image_sizes, levels = [CANVAS, (25, 41)], list(zip(channels, [(12, 20), (6, 10), (2, 2)]))
+    student, teacher = ([randn(2, c, *size, seed=seed) for c, size in levels] for seed in range(2))
+    inputs = [{"instances": Instances(s, gt_boxes=Boxes(b))} for s, b in zip(image_sizes, BOXES)]
+    context = StepContext(image_sizes, CANVAS, batched_inputs=inputs)
+    variables = [*(x.requires_grad_() for x in student), *loss.parameters()]
+    expected = 0.0
+    for s, t, *blocks in zip(student, teacher, loss.student_contexts, loss.teacher_contexts):
+        valid = context.valid(s)
+        expected = expected + fgd_loss(s, t, BOXES, CANVAS, valid=valid, **loss.options)
+        for i in range(2):
+            inside = slice(None) if valid is None else valid[i, 0].flatten()
+            maps = [x[i].flatten(1)[:, inside] for x in (s, t)]
+            added = [b.transform((x * b.attention(x.T)[:, 0].softmax(0)).sum(1)) for b, x in zip(blocks, maps)]
+            expected = expected + 0.1 / 2 * (maps[0] - maps[1] + (added[0] - added[1])[:, None]).square().sum()
+    found = loss(student, teacher, context)
+    torch.testing.assert_close(found, expected)
+    for gradients in zip(torch.autograd.grad(found, variables), torch.autograd.grad(expected, variables)):
+        torch.testing.assert_close(*gradients)
 
 
 def test_fgd_in_a_detector_adds_the_global_relation(tmp_path):

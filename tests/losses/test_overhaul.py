@@ -4,7 +4,8 @@ import mpmath  # comes with torch, by sympy
 import pytest
 import torch
 
-from kd_det.losses.overhaul import margin_from_norm, margin_relu, overhaul_loss, partial_l2_loss
+from kd_det.losses.margin import margin_from_norm, margin_relu
+from kd_det.losses.overhaul import overhaul_loss, partial_l2_loss
 
 
 def randn(*shape, seed=0):

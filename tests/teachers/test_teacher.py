@@ -285,3 +285,11 @@ class TestTeacher:
         teacher = build_teacher(cfg)
         DetectionCheckpointer(model).load(str(tmp_path / "zoo.pkl"))
         assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
+def test_autocast_casts_the_teacher_unless_it_has_a_dtype_of_its_own(dtype, expected):
+    model = build_model(tiny_cfg())
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = run(model, ["fpn_lateral3"], batch(), dtype=dtype)
+    assert maps.features["fpn_lateral3"][0].dtype == expected
