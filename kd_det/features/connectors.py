@@ -19,6 +19,8 @@ class _Connector(Conv2d):
         self.norm_key = norm_key
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"A connector needs maps (N, C, H, W); a student tap gave shape {tuple(x.shape)}.")
         values = x.shape[0] * x.shape[2] * x.shape[3]
         # The synchronised kinds count the values of all ranks.
         is_alone = type(self.norm) is nn.BatchNorm2d or comm.get_world_size() == 1

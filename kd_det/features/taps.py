@@ -94,6 +94,7 @@ class Taps:
             ValueError: a name that names no place; lists the nearest that do.
         """
         self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
+        self._are_levels = set(self._places) <= set(tap_names(model))
         self._values: Dict[str, List[Tuple[Tensor, Optional[int]]]] = {}
         self.is_recording = self._stops = False
         for name, place in self._places.items():
@@ -112,12 +113,13 @@ class Taps:
     def recording(self, *, stop_when_complete: bool = False):
         """
         Record what the model computes inside this context, which cannot be nested. An exception inside leaves nothing
-        recorded. With ``stop_when_complete``, the forward and the context end as soon as every place was read once.
+        recorded. With ``stop_when_complete``, the forward and the context end as soon as every place was read once,
+        where all of them are levels: another module may run again, once a level.
         """
         if self.is_recording:
             raise RuntimeError("these taps are recording already: one forward at a time")
         self._values = {name: [] for name in self._places}
-        self.is_recording, self._stops = True, stop_when_complete
+        self.is_recording, self._stops = True, stop_when_complete and self._are_levels
         try:
             yield self
         except _Complete:

@@ -186,12 +186,14 @@ class Teacher:
         return normalised_images(self.model, inputs).tensor
 
     def _enter_backbone(self, module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:
-        """Pads the batch to the student's canvas or, where the strides ask for more, to a multiple; casts it."""
+        """Pads the batch to the student's canvas or, where the network needs more, to its multiple or square."""
         images = args[0]
         own = tuple(images.shape[-2:])
         self._covered = self._canvas or own
         multiple = max(getattr(module, "size_divisibility", 1), 1)
-        height, width = (-(-max(c, s) // multiple) * multiple for c, s in zip(self._covered, own))
+        # Of plain vision transformers, in Detectron2 main.
+        square = getattr(module, "padding_constraints", {}).get("square_size", 0)
+        height, width = (-(-max(c, s, square) // multiple) * multiple for c, s in zip(self._covered, own))
         self._padded = (height, width)
         if self._padded != own:
             images = F.pad(images, (0, width - own[1], 0, height - own[0]))
