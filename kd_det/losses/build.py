@@ -183,8 +183,8 @@ def loss_class(name: str):
             return registered[candidate]
     short = sorted(name.removesuffix("Loss") for name in registered)
     known_as = {loss.name: key.removesuffix("Loss") for key, loss in registered.items()} | ABBREVIATIONS
-    if name.lower() in known_as:
-        raise ValueError(f"Unknown distillation loss {name!r}: its name here is {known_as[name.lower()]!r}.")
+    if (alias := str(name).lower()) in known_as:
+        raise ValueError(f"Unknown distillation loss {name!r}: its name here is {known_as[alias]!r}.")
     raise ValueError(f"{unknown_name('distillation loss', name, short, most=len(short))} {IMPORT_HINT}")
 
 
