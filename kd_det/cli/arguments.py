@@ -75,7 +75,10 @@ def parse_arguments(parser: argparse.ArgumentParser, argv=None) -> argparse.Name
     if is_lazy(args):
         return args
     if len(args.opts) % 2 or any(not re.fullmatch(r"[A-Z0-9_]+(\.[A-Za-z0-9_]+)*", key) for key in args.opts[::2]):
-        parser.error(f"expected KEY VALUE pairs at the end, such as SOLVER.BASE_LR 0.01; found {' '.join(args.opts)}")
+        parser.error(
+            "expected KEY VALUE pairs at the end, such as SOLVER.BASE_LR 0.01, and all --options before them; found "
+            + " ".join(args.opts)
+        )
     if "KD.IMPORTS" in args.opts[::2]:
         parser.error("KD.IMPORTS is a key of config files; on the command line it is --import MODULE")
     return args

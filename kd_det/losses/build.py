@@ -174,6 +174,10 @@ def tap_channels(loss: DistillationLoss, student: nn.Module, teacher: nn.Module)
     )
 
 
+# What papers and docs/measured.md call a loss whose class has another name.
+ABBREVIATIONS = {"ofd": "Overhaul", "sp": "Similarity", "fitnets": "Hint", "kd": "SoftTarget"}
+
+
 def loss_class(name: str):
     """
     The registered class of a loss, by class name ("NSTLoss") or without its ending ("NST").
@@ -186,6 +190,9 @@ def loss_class(name: str):
         if candidate in registered:
             return registered[candidate]
     short = sorted(name.removesuffix("Loss") for name in registered)
+    known_as = {loss.name: key.removesuffix("Loss") for key, loss in registered.items()} | ABBREVIATIONS
+    if (alias := str(name).lower()) in known_as:
+        raise ValueError(f"Unknown distillation loss {name!r}: its name here is {known_as[alias]!r}.")
     raise ValueError(f"{unknown_name('distillation loss', name, short, most=len(short))} {IMPORT_HINT}")
 
 

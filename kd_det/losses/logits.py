@@ -50,7 +50,7 @@ class LogitLoss(DistillationLoss):
                 raise ValueError(
                     f"{name} compares class by class: the student has {sigmoids or have} classes and the teacher "
                     f"{teacher_sigmoids or want}. Make their numbers of classes equal (MODEL.ROI_HEADS.NUM_CLASSES in "
-                    f"an R-CNN), or drop it from KD.LOSSES."
+                    f"an R-CNN), or leave it out of KD.LOSSES (--losses NST, for example)."
                 )
             if sigmoids and not self.compares_sigmoids:
                 raise ValueError(

@@ -38,7 +38,7 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     if not name:
         raise ValueError(
             "KD.TEACHER.CONFIG_FILE is empty: distillation needs the teacher's config, a yaml file or a model-zoo "
-            "name such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
+            "name such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml' (--teacher on the command line)."
         )
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
@@ -63,7 +63,9 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     teacher_cfg.MODEL.WEIGHTS = weights or teacher_cfg.MODEL.WEIGHTS
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if not teacher_cfg.MODEL.WEIGHTS:
-        raise ValueError(f"The teacher {name!r} has no weights, and would teach noise: set KD.TEACHER.WEIGHTS.")
+        raise ValueError(
+            f"The teacher {name!r} has no weights, and would teach noise: set KD.TEACHER.WEIGHTS (--teacher-weights)."
+        )
     teacher_cfg.freeze()
     return teacher_cfg
 
