@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils import comm
 
 from kd_det.features.context import StepContext
@@ -36,11 +37,13 @@ class Regions(StepContext):
         generator = torch.Generator().manual_seed(0)
         student, teacher = (torch.randn(7, 4, generator=generator) for _ in range(2))
         classes = torch.tensor([0, 3, 2, 3, 1, 0, 3])
-        targets = torch.randn(7, 4, generator=generator)
+        boxes = torch.tensor([0.0, 0.0, 16.0, 16.0]).expand(7, 4)
+        transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+        truth = transform.apply_deltas(torch.randn(7, 4, generator=generator), boxes)
         mine = {1: slice(0, 7), 2: slice(0, 1) if comm.get_rank() == 0 else slice(1, 7)}[comm.get_world_size()]
         self.student = student[mine].requires_grad_()
         self.outputs = [RegionOutputs(x, x, x) for x in (self.student, teacher[mine])]
-        self.targets = RegionTargets(classes[mine], classes[mine] < 3, targets[mine])
+        self.targets = RegionTargets(classes[mine], classes[mine] < 3, boxes[mine], truth[mine], transform)
 
     def region_pairs(self):
         return [tuple(self.outputs)]
