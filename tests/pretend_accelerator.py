@@ -128,6 +128,8 @@ class _Constructors(TorchFunctionMode):
         if func is torch.Tensor.new_tensor and isinstance(args[0], DeviceTensor):
             self._accelerator.count_wait("copy to the device")
             return DeviceTensor(torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)))
+        if func is torch.Tensor.unsqueeze_ and isinstance(args[0], DeviceTensor):
+            return torch.unsqueeze(*args, **kwargs)  # a wrapper cannot change its shape in place
         if func is torch.Tensor.tolist and isinstance(args[0], DeviceTensor):
             self._accelerator.count_wait("copy to the host")
             return args[0].cpu_values.tolist()

@@ -344,6 +344,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="the student has 3 classes and the teacher 5"):
             build_model(distillation_cfg(tmp_path, "SoftTarget", teacher=teacher))
 
+    @pytest.mark.parametrize("side", ["STUDENT", "TEACHER"])
+    def test_taps_on_each_networks_own_regions(self, tmp_path, side):
+        cfg = distillation_cfg(tmp_path, "Hint", KD__HINT__STUDENT_TAPS=("p3",))
+        cfg.KD.HINT[f"{side}_TAPS"] = ("roi_heads.box_head.fc1",)
+        with pytest.raises(ValueError, match="box_head.fc1 on regions of its own, which do not correspond"):
+            build_model(cfg)
+
     def test_classes_do_not_matter_to_nst(self, tmp_path):
         teacher = tiny_cfg(depth=50, width=8, MODEL__ROI_HEADS__NUM_CLASSES=5)
         assert build_model(distillation_cfg(tmp_path, "NST", teacher=teacher)).train()(batch())["loss_nst"] > 0

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from kd_det.errors import first_few
 
-__all__ = ["RESUME_SOLVER", "load_optimizer"]
+__all__ = ["RESUME_SOLVER", "check_optimizer_state", "load_optimizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +23,29 @@ _KEYS = {
 }
 
 
-def load_optimizer(model: nn.Module, scheduler, trainer, saved: dict, *, apply: bool) -> None:
+def check_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict) -> None:
+    """
+    Raises:
+        ValueError: a saved state of other parameters than the optimizer's; names those whose shapes changed.
+    """
+    if problem := _misfit(model, optimizer, saved):
+        raise ValueError(
+            f"The checkpoint is of a run with other losses or another model: {problem}. To start from its weights, set "
+            f"MODEL.WEIGHTS to it, without --resume."
+        )
+
+
+def load_optimizer(scheduler, trainer, saved: dict, *, apply: bool) -> None:
     """
     Load the state of the trainer that holds the optimizer; options that the config has changed since are warned of, or
     applied.
 
     Args:
-        model, scheduler: have the optimizer's parameters and base learning rates; the scheduler is loaded already.
+        scheduler: of the optimizer; is loaded already.
         trainer, saved: a ``SimpleTrainer`` and its ``state_dict()``.
         apply: the config's options replace the checkpoint's.
-
-    Raises:
-        ValueError: the state is of other parameters; names those whose shapes changed.
     """
     optimizer: Optimizer = trainer.optimizer
-    if problem := _misfit(model, optimizer, saved["optimizer"]):
-        raise ValueError(
-            f"The checkpoint is of a run with other losses or another model: {problem}. To start from its weights, set "
-            f"MODEL.WEIGHTS to it, without --resume."
-        )
     configured = [{key: group[key] for key in _KEYS if key in group} for group in optimizer.param_groups]
     trainer.load_state_dict(saved)
     changed = {}

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from kd_det.engine.resuming import check_optimizer_state
 from kd_det.engine.stopping import StopSignals, any_rank
 from kd_det.errors import first_few, one_line, unknown_name
 
@@ -113,6 +114,7 @@ class TrainStep(SimpleTrainer):
         return {**super().state_dict(), **scaler, "non_finite_steps": self.non_finite_steps}
 
     def load_state_dict(self, state_dict):
+        check_optimizer_state(self.model, self.optimizer, state_dict["optimizer"])
         super().load_state_dict(state_dict)
         if self.grad_scaler is not None and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

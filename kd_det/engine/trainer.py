@@ -157,7 +157,7 @@ class Trainer(DefaultTrainer):
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
         else:
             apply = self.cfg.get("KD", {}).get("RESUME_SOLVER", "checkpoint") == "config"
-            load_optimizer(self.model, self.scheduler, self._trainer, state_dict["_trainer"], apply=apply)
+            load_optimizer(self.scheduler, self._trainer, state_dict["_trainer"], apply=apply)
         self._random_states = state_dict.get("random_states", {})
         saved = state_dict.get("data_loader")
         if saved is None or not self._loaders:

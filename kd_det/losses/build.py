@@ -108,12 +108,20 @@ class DistillationLoss(nn.Module):
         ``__init__`` (connectors), and refuses networks that the loss cannot work with. Subclasses extend it.
 
         Raises:
-            ValueError: the loss needs taps and has none.
+            ValueError: the loss needs taps and has none, or taps on regions.
         """
         if self.needs_taps and not self.needs_regions and not self.student_taps:
             raise ValueError(
                 f"{type(self).__name__} compares maps and has no taps: name at least one place in "
                 f"KD.{self.name.upper()}.STUDENT_TAPS, such as 'p3'."
+            )
+        per_region = [
+            tap for tap in dict.fromkeys(self.student_taps + self.teacher_taps) if tap.startswith("roi_heads.")
+        ]
+        if per_region:
+            raise ValueError(
+                f"{type(self).__name__}: each network runs {', '.join(per_region)} on regions of its own, which do not "
+                f"correspond. Losses that read no taps, such as SoftTarget, compare both networks on the same regions."
             )
 
     def prepare(self, batched_inputs: List[Dict], device: torch.device) -> List[Dict]:

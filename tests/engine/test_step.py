@@ -93,3 +93,16 @@ def test_a_batch_is_dumped_to_remote_storage(tmp_path, storage):  # D37: a folde
         step.run_step()
     dump = torch.load(tmp_path / "d" / "iter_0000003_rank_0.pth", weights_only=True)
     assert dump["losses"]["loss"].isnan() and dump["batch"] == [{"file_name": "a.png"}]
+
+
+def test_a_state_of_other_parameters_is_refused_also_without_the_trainer(tmp_path):  # D13, of a LazyConfig's run
+    def step_of(classes):
+        model = nn.Linear(3, classes)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return TrainStep(model, [], optimizer, dump_dir=str(tmp_path))
+
+    saved = step_of(2).optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"weight was \(2, 3\), is \(4, 3\)"):
+        step_of(4).load_state_dict({"iteration": 1, "hooks": {}, "optimizer": saved})

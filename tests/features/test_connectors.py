@@ -1,4 +1,5 @@
 import pytest
+import torch
 from detectron2.modeling import build_model
 
 from kd_det.features.connectors import build_connector
@@ -21,6 +22,11 @@ def test_a_norm_that_cannot_be_trained_is_named(tmp_path):
     with pytest.raises(ValueError, match="KD.REVIEW_KD.CONNECTOR_NORM to 'GN' or ''"):
         model(batch(sizes=((32, 32),)))
     assert model(batch(sizes=((32, 32),) * 2))["loss_review_kd"] > 0
+
+
+def test_what_is_no_map():
+    with pytest.raises(ValueError, match=r"needs maps \(N, C, H, W\); a student tap gave shape \(2, 4\)"):
+        build_connector(4, 4)(torch.zeros(2, 4))
 
 
 def test_an_unknown_norm():

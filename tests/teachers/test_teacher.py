@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, build_model
 
 from kd_det import build_teacher
 from kd_det.teachers import Teacher
@@ -203,6 +204,33 @@ class TestTeacher:
             expected = head([maps[level] for level in levels])[0]
         assert len(features[tap]) == len(expected) > 1
         assert all(torch.equal(a, b) for a, b in zip(features[tap], expected))
+
+    def test_a_module_of_the_backbone_that_runs_once_a_level_gives_every_level(self):  # D22
+        class Shared(Backbone):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.lateral = torch.nn.Conv2d(3, 4, 3, 2), torch.nn.Conv2d(4, 4, 1)
+
+            def forward(self, x):
+                x = self.stem(x)
+                return {"p1": self.lateral(x), "p2": self.lateral(x[:, :, ::2, ::2])}
+
+            def output_shape(self):
+                return {name: ShapeSpec(channels=4) for name in ("p1", "p2")}
+
+        model = build_model(tiny_cfg())
+        model.backbone = Shared()
+        assert len(run(model, ["backbone.lateral"], batch()).features["backbone.lateral"]) == 2
+
+    def test_a_network_that_wants_squares_is_given_them(self):
+        class Squared(type(build_model(tiny_cfg()).backbone)):
+            padding_constraints = {"square_size": 128}
+
+        model, sizes = build_model(tiny_cfg()), []
+        model.backbone.__class__ = Squared
+        model.backbone.bottom_up.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-2:]))
+        maps = run(model, ["p3"], batch(), student=build_model(tiny_cfg()))  # which normalises alike
+        assert sizes == [(128, 128)] and maps.features["p3"][0].shape[-2:] == (8, 12)
 
     def test_a_tap_in_a_dense_head_runs_nothing_behind_it(self):
         model = build_model(tiny_retinanet_cfg())
