@@ -67,7 +67,9 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return cfg
     run = PlannedRun(cfg, args)
-    for check in (*CHECKS, *(CLASSIFIER_CHECKS if is_classifier(cfg) else DETECTOR_CHECKS)):
+    for check in CHECKS:
+        check(run)
+    for check in CLASSIFIER_CHECKS if is_classifier(cfg) else DETECTOR_CHECKS:
         check(run)
     args.warnings = run.warnings
     return run.cfg
