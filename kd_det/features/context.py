@@ -10,7 +10,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions
+from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions, to_device
 
 __all__ = ["StepContext", "to_device", "valid_mask", "valid_sizes"]
 
@@ -53,12 +53,6 @@ def valid_mask(
         for side, m, c in zip(image_sizes.unbind(1), size, canvas)
     )
     return rows[:, None, :, None] & columns[:, None, None, :]
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device. For a GPU the copy is made from pinned memory, and the host does not wait."""
-    is_cuda = device.type == "cuda"
-    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
 
 
 class StepContext:

@@ -120,8 +120,8 @@ class Taps:
         Record what the model computes inside this context. An exception inside leaves nothing recorded.
 
         Args:
-            stop_when_complete: leave the forward, and the context, as soon as every place has been read once. Only where
-                all of them are levels: another module may run again, once a level.
+            stop_when_complete: leave the forward, and the context, as soon as every place has been read once. Does so only
+                where all of them are levels: another module may run again.
 
         Raises:
             RuntimeError: the context is entered inside itself.

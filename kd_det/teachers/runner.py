@@ -214,7 +214,7 @@ class Teacher:
         return ImageList.from_tensors(images, self.model.backbone.size_divisibility).tensor
 
     def _enter_backbone(self, module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:
-        """Pads the batch to the student's canvas or, where the network needs more, to its multiple or square; casts it."""
+        """Pads the batch to the student's canvas or, where the network needs more, to its multiple or square."""
         images = args[0]
         own = tuple(images.shape[-2:])
         self._covered = self._canvas or own
