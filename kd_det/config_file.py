@@ -1,6 +1,4 @@
-"""
-Reading yaml configs: safely, with one line for what is wrong, and with the project's own modules imported first.
-"""
+"""Reading yaml configs: safely, with one line for what is wrong, and with the project's own modules imported first."""
 
 import copy
 import filecmp
@@ -35,11 +33,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     ``cfg.merge_from_file(path)`` that reads files of unknown origin safely, and first imports ``KD.IMPORTS``.
 
     Detectron2 reads configs with ``yaml.unsafe_load``, because its Base-RetinaNet.yaml holds an expression. Here only
-    the model zoo's own files, and exact copies of them, may hold such tags.
-
-    Args:
-        cfg: a config with the KD node.
-        path: a yaml file; its ``_BASE_`` files count, which may be URLs.
+    the model zoo's own files, and exact copies of them, may hold such tags. ``_BASE_`` files may be URLs.
 
     Raises:
         FileNotFoundError: no such file, or no such base.
@@ -68,12 +62,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
 
 def merge_options(cfg: CfgNode, options: list, *, where: str) -> None:
     """
-    ``cfg.merge_from_list(options)``.
-
-    Args:
-        cfg: a config.
-        options: KEY, VALUE, KEY, VALUE, ...
-        where: what messages call the list.
+    ``cfg.merge_from_list(options)``; ``where`` is what messages call the list.
 
     Raises:
         ValueError: an unknown key (names the nearest), a value of another type, or a key without a value.
@@ -95,15 +84,15 @@ def import_project(cfg: CfgNode, name: str, *, folder: str = ".", where: str = "
     Raises:
         ValueError: no such module or file, or one that cannot be imported.
     """
-    is_file = name.endswith(".py")
+    directory, module_name, is_file = os.getcwd(), name, name.endswith(".py")
     if is_file:
         places = [os.path.abspath(os.path.join(place, name)) for place in (folder, ".")]
-        name = next((path for path in places if os.path.isfile(path)), "")
+        name = next(filter(os.path.isfile, places), "")
         if not name:
             raise ValueError(f"{where}: there is no file {' nor '.join(dict.fromkeys(places))}")
+        directory, module_name = os.path.dirname(name), Path(name).stem
     if name in cfg.KD.IMPORTS:
         return
-    directory, module_name = (os.path.dirname(name), Path(name).stem) if is_file else (os.getcwd(), name)
     if directory not in sys.path:
         sys.path.insert(0, directory)
     try:
@@ -136,8 +125,10 @@ class _SafeReader(CfgNode):
         if "://" not in filename and not PathManager.isfile(filename):
             kind = "is a folder, not a yaml file" if PathManager.isdir(filename) else "does not exist"
             raise FileNotFoundError(f"the config {filename} {kind}")
+        zoo = (Path(model_zoo.__file__).parent / "configs").rglob(os.path.basename(filename))
+        is_the_zoos = os.path.isfile(filename) and any(filecmp.cmp(filename, x, shallow=False) for x in zoo)
         try:
-            content = super().load_yaml_with_base(filename, allow_unsafe=_is_the_zoos(filename))
+            content = super().load_yaml_with_base(filename, allow_unsafe=is_the_zoos)
         except yaml.constructor.ConstructorError as e:
             raise ValueError(f"the config {filename} is refused: {one_line(e)}") from e
         except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -151,13 +142,6 @@ class _SafeReader(CfgNode):
         if not isinstance(content, dict):
             raise ValueError(f"{filename} is not a yaml config: expected keys with values, found none")
         return content
-
-
-def _is_the_zoos(path: str) -> bool:
-    zoo = Path(model_zoo.__file__).parent / "configs"
-    return os.path.isfile(path) and any(
-        filecmp.cmp(path, known, shallow=False) for known in zoo.rglob(os.path.basename(path)) if known.is_file()
-    )
 
 
 def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:

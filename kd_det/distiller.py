@@ -20,7 +20,7 @@ from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_cla
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher, teacher_dtype
-from kd_det.teachers.runner import Teacher
+from kd_det.teachers.runner import Teacher, check_teacher
 from kd_det.weights.inherit import inherit_weights
 
 __all__ = ["Distiller"]
@@ -61,14 +61,11 @@ class Distiller(nn.Module):
         """
         Args:
             student: a detector of any meta-architecture with a ``backbone``.
-            teacher: a trained detector with a ``backbone`` and an ``input_format``, such as
-                :func:`kd_det.build_teacher` returns. It is frozen and kept outside the module tree. None only
-                without losses.
+            teacher: as :func:`kd_det.build_teacher` returns it; is frozen. None only without losses.
             losses: what is distilled; without any, training is the plain student's, bit for bit.
             input_format: channel order of the images in the batches; default: the student's ``input_format``.
             teacher_dtype: of the teacher's backbone, torch.bfloat16 or torch.float16 for less memory and time.
-            missing_teacher: why there is no teacher although the config names one. The model then infers, and raises
-                this in its first training step.
+            missing_teacher: why there is no teacher; is raised in the first training step.
 
         Raises:
             ValueError: a tap that does not exist, a loss that the networks cannot serve, losses without a teacher,
@@ -100,6 +97,11 @@ class Distiller(nn.Module):
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
         needs_regions = any(loss.needs_regions for loss in losses)
         self._student_taps = Taps(student, [t for loss in losses for t in loss.student_taps], side="student")
+        check_teacher(teacher, self.input_format)  # before the losses look for its taps
+        with preserved_random_state():  # connectors must not shift what training draws
+            for loss in losses:
+                loss.connect(student, teacher)
+                loss.to(self.device)
         self._teacher = Teacher(
             teacher,
             [t for loss in losses for t in loss.teacher_taps],
@@ -110,10 +112,6 @@ class Distiller(nn.Module):
         )
         if needs_regions:
             self._region_taps = RegionTaps(RegionHead(getattr(student, "roi_heads", None), side="student"))
-        with preserved_random_state():  # connectors must not shift what training draws
-            for loss in losses:
-                loss.connect(student, teacher)
-                loss.to(self.device)
         self._warned_of_frozen_taps = False
 
     @classmethod
@@ -153,15 +151,8 @@ class Distiller(nn.Module):
 
     def forward(self, batched_inputs: List[Dict]):
         """
-        Args:
-            batched_inputs: as the student takes them.
-
-        Returns:
-            In training, a dict of scalars: the student's losses and the distillation losses. In eval, what the
-            student returns.
-
-        Raises:
-            FileNotFoundError: in training, the config's teacher was not found.
+        In training, a dict of scalars: the student's losses and the distillation losses; a ``FileNotFoundError`` if the
+        config's teacher was not found. In eval, what the student returns.
         """
         if not self.training:
             return self.student(batched_inputs)
@@ -177,11 +168,9 @@ class Distiller(nn.Module):
         batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
         for loss in active:
             batched_inputs = loss.prepare(batched_inputs, self.device)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._teacher.running(batched_inputs))
-            stack.enter_context(self._student_taps.recording())
-            if self._region_taps is not None:
-                stack.enter_context(self._region_taps.recording())
+        regions = self._region_taps
+        recording_regions = regions.recording() if regions is not None else contextlib.nullcontext()
+        with self._teacher.running(batched_inputs), self._student_taps.recording(), recording_regions:
             losses = self.student(batched_inputs)
         features, taught = self._student_taps.pop(), self._teacher.pop()
         self._warn_of_frozen_taps(features)
@@ -192,30 +181,27 @@ class Distiller(nn.Module):
             task_losses=dict(losses),
             teacher=self._teacher,
             teacher_outputs=taught.outputs,
-            student_head=self._region_taps.head if self._region_taps is not None else None,
-            sampled=self._region_taps.pop() if self._region_taps is not None else None,
+            student_head=regions.head if regions is not None else None,
+            sampled=regions.pop() if regions is not None else None,
         )
         if any(loss.needs_regions for loss in active):
             context.region_pairs()  # for all losses, before the first
         for name, loss in self.losses.items():
             if loss.key in losses:
                 raise ValueError(f"The student already has a loss {loss.key!r}; name the distillation loss otherwise.")
-            if factors[name]:
-                value = loss(_at(features, loss.student_taps), _at(taught.features, loss.teacher_taps), context)
-                losses[loss.key] = factors[name] * value
-            else:
+            if not factors[name]:
                 losses[loss.key] = self._zero(loss)
+                continue
+            own, theirs = _at(features, loss.student_taps), _at(taught.features, loss.teacher_taps)
+            losses[loss.key] = factors[name] * loss(own, theirs, context)
         return losses
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[List[Dict]]) -> None:
         """
-        Show the teacher's responses to the losses that measure something on some images (OFD's margins), so that it is
-        measured on images of one's choice and before the first step. Otherwise they measure it in training, on the
-        first batches.
-
-        Args:
-            batches: batched inputs. In a distributed run every rank gives as many; all get the same result.
+        Show the teacher's responses to these batched inputs to the losses that measure something (OFD's margins), which
+        they otherwise do in training, on the first batches. In a distributed run every rank gives as many batches; all
+        get the same result.
         """
         for batched_inputs in batches:
             maps = self._teacher(batched_inputs, self.device)

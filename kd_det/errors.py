@@ -3,7 +3,7 @@
 import difflib
 from typing import Iterable
 
-__all__ = ["DatasetError", "IMPORT_HINT", "USER_ERRORS", "UserError", "one_line", "unknown_name"]
+__all__ = ["DatasetError", "IMPORT_HINT", "USER_ERRORS", "UserError", "first_few", "one_line", "unknown_name"]
 
 
 class UserError(ValueError):
@@ -34,10 +34,15 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], most: int = 12) -> 
     valid = [str(v) for v in valid]
     nearest = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
     rest = [v for v in valid if v not in nearest]
-    shown = ", ".join((nearest + rest)[:most]) or "none"
-    more = f" and {len(valid) - most} more" if len(valid) > most else ""
+    shown = first_few(nearest + rest, most) or "none"
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-    return f"Unknown {kind} {name!r}. {hint}Valid names: {shown}{more}."
+    return f"Unknown {kind} {name!r}. {hint}Valid names: {shown}."
+
+
+def first_few(items: list[str], most: int = 5) -> str:
+    """A list for a message: the first items, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 def one_line(error: BaseException) -> str:

@@ -34,12 +34,12 @@ def student_cfg(cfg: CfgNode) -> CfgNode:
     student does not read (a class declares those it reads as ``config_nodes``). A plain config stays what it is but
     for these keys.
     """
-    reads = getattr(student_class(cfg), "config_nodes", ())
+    unread = {"KD", "CLASSIFICATION"} - set(getattr(student_class(cfg), "config_nodes", ()))
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
         cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT.META_ARCHITECTURE
-    for node in {"KD", "CLASSIFICATION"} - set(reads):
+    for node in unread:
         cfg.pop(node, None)
     if not cfg.MODEL.get("TIMM", {}).get("NAME", ""):
         cfg.MODEL.pop("TIMM", None)
@@ -48,10 +48,5 @@ def student_cfg(cfg: CfgNode) -> CfgNode:
 
 
 def build_student(cfg: CfgNode) -> nn.Module:
-    """
-    The plain student, as Detectron2's ``build_model`` would build it.
-
-    Raises:
-        ValueError: see :func:`student_class`.
-    """
+    """The plain student, as Detectron2's ``build_model`` would build it; for errors see :func:`student_class`."""
     return student_class(cfg)(cfg)

@@ -70,7 +70,9 @@ IMPORT_C = "from detectron2 import _C\n"
 TRY_IMPORT_C = (
     "try:\n    from detectron2 import _C\nexcept ImportError:\n    from detectron2.layers._no_extension import _C\n"
 )
+NO_FAST_EVAL = "fast_eval_api needs detectron2._C; falls back to pycocotools, which gives the same numbers"
 FAST_EVAL = "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
+TRY_FAST_EVAL = f"try:\n    {FAST_EVAL}except ImportError:\n    COCOeval_opt = COCOeval\n"
 NUMPY = "NumPy 1.24 removed the aliases np.bool, np.int, np.float and np.str"
 SETUPTOOLS = "setuptools 82 removed pkg_resources"
 
@@ -80,12 +82,7 @@ FIXES = (
     ("layers/deform_conv.py", NO_C, IMPORT_C, TRY_IMPORT_C),
     ("layers/rotated_boxes.py", NO_C, IMPORT_C, TRY_IMPORT_C),
     ("layers/roi_align_rotated.py", NO_C, IMPORT_C, TRY_IMPORT_C),
-    (
-        "evaluation/coco_evaluation.py",
-        "fast_eval_api needs detectron2._C; falls back to pycocotools, which gives the same numbers",
-        FAST_EVAL,
-        f"try:\n    {FAST_EVAL}except ImportError:\n    COCOeval_opt = COCOeval\n",
-    ),
+    ("evaluation/coco_evaluation.py", NO_FAST_EVAL, FAST_EVAL, TRY_FAST_EVAL),
     ("data/transforms/transform.py", "Pillow 10 removed this alias of BILINEAR", "Image.LINEAR", "Image.BILINEAR"),
     (
         "layers/mask_ops.py",
@@ -150,12 +147,7 @@ def pip(*arguments, **kwargs):
 
 
 def download(folder, *, project=PROJECT, version=VERSION, sha256=SHA256):
-    """
-    Download the source archive into ``folder`` with pip, which checks its hash, and return its path.
-
-    Raises:
-        InstallError: the archive is not found or is not the expected one.
-    """
+    """Download the source archive into ``folder`` with pip, which checks its hash, and return its path."""
     backend, archives, requirements = (folder / name for name in ("backend/setuptools", "archives", "requirements.txt"))
     backend.mkdir(parents=True)
     stem = f"{project.replace('-', '_')}-{version}"
@@ -181,12 +173,7 @@ def download(folder, *, project=PROJECT, version=VERSION, sha256=SHA256):
 
 
 def unpack(archive, folder):
-    """
-    Unpack the archive into ``folder`` and return the one folder inside.
-
-    Raises:
-        InstallError: a file would land outside of ``folder``.
-    """
+    """Unpack the archive into ``folder``, no file outside of it, and return the one folder inside."""
     with tarfile.open(archive) as tar:
         try:
             tar.extractall(folder, filter="data")
@@ -196,31 +183,20 @@ def unpack(archive, folder):
 
 
 def apply_fixes(package, fixes=FIXES):
-    """
-    Apply ``fixes`` to the files of ``package``, and note them at the end of each changed file.
-
-    Raises:
-        InstallError: a text to be replaced is not there; then no file is written.
-    """
-    texts, reasons = {}, {}
+    """Apply ``fixes`` to the files of ``package``, all or none, and note them at the end of each changed file."""
+    texts, notes = {}, {}
     for file, why, old, new in fixes:
         text = texts.get(file) or ((package / file).read_text(encoding="utf-8") if old else "")
         if old not in text:
             raise InstallError(f"{file}: the text to be replaced is not there: {old!r} ({why}).")
         texts[file] = text.replace(old, new) if old else new
-        reasons.setdefault(file, {})[why] = None
+        notes.setdefault(file, {})[f"# Changed by kd_det's tools/install_detectron2.py: {why}.\n"] = None
     for file, text in texts.items():
-        notes = [f"# Changed by kd_det's tools/install_detectron2.py: {why}.\n" for why in reasons[file]]
-        (package / file).write_text(f"{text}\n\n{''.join(notes)}", encoding="utf-8")
+        (package / file).write_text(f"{text}\n\n{''.join(notes[file])}", encoding="utf-8")
 
 
 def build_wheel(source, folder):
-    """
-    Build the Python files and configs under ``source`` into ``folder`` as the wheel of ``detectron2``; return its path.
-
-    Raises:
-        InstallError: pip could not build it.
-    """
+    """Build the Python files and configs under ``source`` into the wheel of ``detectron2``, and return its path."""
     (source / "setup.py").write_text(SETUP)
     result = pip("wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, source)
     if result.returncode != 0:
@@ -229,13 +205,7 @@ def build_wheel(source, folder):
 
 
 def installed():
-    """
-    Returns:
-        str or None: version and place of the Detectron2 that imports here; None if there is none.
-
-    Raises:
-        InstallError: there is one that does not import: it is the user's, and not replaced.
-    """
+    """Version and place of the Detectron2 that is there; None: there is none. One that does not import is an error."""
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:
         return None

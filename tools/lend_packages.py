@@ -17,10 +17,7 @@ QUERY = "import sys, sysconfig; print('%d.%d' % sys.version_info[:2]); print(sys
 
 
 def main(borrower):
-    """
-    Args:
-        borrower (str): the Python of the virtual environment, of the same version as this one.
-    """
+    """``borrower`` is the Python of the virtual environment, of the same version as this one."""
     version, target = subprocess.check_output([borrower, "-c", QUERY], text=True).splitlines()
     own = "{}.{}".format(*sys.version_info)
     if version != own:

@@ -19,10 +19,7 @@ _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """
     What ``build_resnet_backbone`` builds for ``MODEL.RESNETS.DEPTH`` 18 and 34, but of ``STEM_OUT_CHANNELS`` and
-    ``RES2_OUT_CHANNELS`` that need not be 64.
-
-    Raises:
-        ValueError: another depth.
+    ``RES2_OUT_CHANNELS`` that need not be 64; a ``ValueError`` for another depth.
     """
     node = cfg.MODEL.RESNETS
     if node.DEPTH not in _BLOCKS:
@@ -32,30 +29,17 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         )
     stem = BasicStem(input_shape.channels, node.STEM_OUT_CHANNELS, norm=node.NORM)
     stages = []
-    in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
+    channels = {"in_channels": node.STEM_OUT_CHANNELS, "out_channels": node.RES2_OUT_CHANNELS}
     for num_blocks, stride in zip(_BLOCKS[node.DEPTH], (1, 2, 2, 2)):
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock,
-                num_blocks,
-                stride_per_block=[stride] + [1] * (num_blocks - 1),
-                in_channels=in_channels,
-                out_channels=out_channels,
-                norm=node.NORM,
-            )
-        )
-        in_channels, out_channels = out_channels, 2 * out_channels
+        strides = [stride] + [1] * (num_blocks - 1)
+        stages.append(ResNet.make_stage(BasicBlock, num_blocks, stride_per_block=strides, norm=node.NORM, **channels))
+        channels = {"in_channels": channels["out_channels"], "out_channels": 2 * channels["out_channels"]}
     return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """:func:`build_basic_resnet_backbone` under Detectron2's feature pyramid, p2 to p6."""
-    return FPN(
-        bottom_up=build_basic_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    node, bottom_up = cfg.MODEL.FPN, build_basic_resnet_backbone(cfg, input_shape)
+    options = {"norm": node.NORM, "top_block": LastLevelMaxPool(), "fuse_type": node.FUSE_TYPE}
+    return FPN(bottom_up, node.IN_FEATURES, node.OUT_CHANNELS, **options)

@@ -61,13 +61,9 @@ class TimmBackbone(Backbone):
     ):
         """
         Args:
-            name: of the timm model.
-            out_features: the levels to return.
-            weights: a file of timm's weights, "pretrained" (timm downloads its own), or "" (random).
-            norm: "BN" leaves the batch norms as they are, "SyncBN" and "FrozenBN" replace them all.
+            name, out_features, weights, norm: see :func:`add_timm_config`.
             freeze_at: as Detectron2 counts: 0 nothing, 1 what comes before res2, 2 res2 as well, ..., 5 everything.
                 Batch norms in frozen stages become FrozenBN.
-            in_channels: of the images.
             options: further arguments of ``timm.create_model``.
 
         Raises:
@@ -94,13 +90,22 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = {level: info.reduction()[i] for level, i in self._order.items()}
         self._channels_last = getattr(network, "output_fmt", None) == "NHWC"
         self._freeze(freeze_at)
-        self._convert_norms(norm)
+        if norm == "FrozenBN":
+            self.network = _frozen_norm(self.network)
+        elif norm == "SyncBN":
+            from timm.layers import convert_sync_batchnorm
+
+            self.network = convert_sync_batchnorm(self.network)
 
     @property
     def stage_modules(self) -> Dict[str, nn.Module]:
         """The modules whose outputs are the levels, for taps inside them."""
-        names = self.network.feature_info.module_name()
-        return {level: _module(self.network, names[i]) for level, i in self._order.items()}
+        names, modules = self.network.feature_info.module_name(), dict(self.network.named_modules())
+        # A network of features names its modules "stages_0" or "model.stages.0" where the whole model has "stages.0".
+        spellings = {
+            level: (names[i], names[i].replace(".", "_", 1), f"model.{names[i]}") for level, i in self._order.items()
+        }
+        return {level: next(modules[n] for n in known if n in modules) for level, known in spellings.items()}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Optional[ShapeSpec] = None) -> Dict:
@@ -130,26 +135,14 @@ class TimmBackbone(Backbone):
         # timm's own feature networks rely on it as well: modules are registered in the order in which they run.
         modules, stages = dict(self.network.named_modules()), self.stage_modules
         order = {module: i for i, module in enumerate(modules.values())}
-        shallowest, *_ = levels = sorted(stages, key=self._out_feature_strides.get)
-        frozen_levels = [level for level in levels if int(level[-1]) <= freeze_at]
-        if frozen_levels:
-            end = max(order[m] for level in frozen_levels for m in stages[level].modules()) + 1
-        else:
-            end = order[stages[shallowest]]
+        frozen = [order[m] for level in stages if int(level[-1]) <= freeze_at for m in stages[level].modules()]
+        end = max(frozen) + 1 if frozen else min(order[stage] for stage in stages.values())
         for name, module in list(modules.items())[:end]:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 parent, _, child = name.rpartition(".")
                 setattr(modules[parent], child, _frozen_norm(module))
-
-    def _convert_norms(self, norm: str) -> None:
-        if norm == "FrozenBN":
-            self.network = _frozen_norm(self.network)
-        elif norm == "SyncBN":
-            from timm.layers import convert_sync_batchnorm
-
-            self.network = convert_sync_batchnorm(self.network)
 
 
 @BACKBONE_REGISTRY.register()
@@ -175,18 +168,10 @@ def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
 
 
 def _pyramid(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
-    in_features = cfg.MODEL.FPN.IN_FEATURES
-    given = list(bottom_up.output_shape())
-    if not in_features or not set(in_features) <= set(given):
-        raise ValueError(f"MODEL.FPN.IN_FEATURES {list(in_features)} must be among MODEL.TIMM.OUT_FEATURES {given}.")
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=in_features,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    node, wanted, given = cfg.MODEL.FPN, list(cfg.MODEL.FPN.IN_FEATURES), list(bottom_up.output_shape())
+    if not wanted or not set(wanted) <= set(given):
+        raise ValueError(f"MODEL.FPN.IN_FEATURES {wanted} must be among MODEL.TIMM.OUT_FEATURES {given}.")
+    return FPN(bottom_up, wanted, node.OUT_CHANNELS, norm=node.NORM, top_block=top_block, fuse_type=node.FUSE_TYPE)
 
 
 def _warn_of_other_images(cfg: CfgNode) -> None:
@@ -207,12 +192,7 @@ def _warn_of_other_images(cfg: CfgNode) -> None:
 
 
 def timm_options(cfg: CfgNode) -> Dict[str, Any]:
-    """
-    ``MODEL.TIMM.OPTS`` as keyword arguments.
-
-    Raises:
-        ValueError: they are not pairs of a name and a value.
-    """
+    """``MODEL.TIMM.OPTS`` as keyword arguments; a ``ValueError`` if they are not pairs of a name and a value."""
     options = cfg.MODEL.TIMM.OPTS
     if len(options) % 2 or not all(isinstance(key, str) for key in options[::2]):
         raise ValueError(f"MODEL.TIMM.OPTS must be KEY, VALUE, KEY, VALUE, ..., found {list(options)}.")
@@ -220,17 +200,7 @@ def timm_options(cfg: CfgNode) -> Dict[str, Any]:
 
 
 def timm_feature_network(name: str, options: Dict[str, Any], *, weights: str = "") -> nn.Module:
-    """
-    timm's network that returns a list of maps, for a model's name.
-
-    Args:
-        name: of the model.
-        options: further arguments of ``timm.create_model``.
-        weights: see :class:`TimmBackbone`.
-
-    Raises:
-        as :class:`TimmBackbone`.
-    """
+    """timm's network that returns a list of maps, for the arguments of :class:`TimmBackbone`, which see for errors."""
     try:
         import timm
     except ImportError:
@@ -272,9 +242,7 @@ def _load(network: nn.Module, name: str, path: str) -> None:
     from timm.models import load_state_dict
 
     try:
-        local = PathManager.get_local_path(path)
-        state = load_state_dict(local)
-        # A network of features names its modules "stages_0" or "model.stages.0" where the whole model has "stages.0".
+        state = load_state_dict(PathManager.get_local_path(path))
         state = {flat_key(key): torch.as_tensor(value) for key, value in state.items()}
     except OSError:
         raise FileNotFoundError(f"MODEL.TIMM.WEIGHTS cannot be read: {path!r}.") from None
@@ -283,8 +251,9 @@ def _load(network: nn.Module, name: str, path: str) -> None:
         raise ValueError(
             f"MODEL.TIMM.WEIGHTS {path!r} is no file of timm's weights: {reason or type(e).__name__}"
         ) from e
-    counters = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
-    state = {key: state[flat_key(key)] for key in network.state_dict() if flat_key(key) in state}
+    own = network.state_dict()
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    state = {key: state[flat_key(key)] for key in own if flat_key(key) in state}
     not_finite = [key for key, value in state.items() if not value.isfinite().all()]
     if not_finite:
         raise ValueError(f"MODEL.TIMM.WEIGHTS {path!r}: {len(not_finite)} are not finite ({not_finite[0]}).")
@@ -299,12 +268,6 @@ def _load(network: nn.Module, name: str, path: str) -> None:
 def flat_key(key: str) -> str:
     """One spelling of a weight's name for the whole model and for its network of features."""
     return key.removeprefix("model.").replace(".", "_")
-
-
-def _module(network: nn.Module, name: str) -> nn.Module:
-    modules = dict(network.named_modules())
-    flattened = name.replace(".", "_", 1)
-    return next(modules[n] for n in (name, flattened, f"model.{name}") if n in modules)
 
 
 def _frozen_norm(module: nn.Module) -> nn.Module:

@@ -8,11 +8,9 @@ What distillation costs.
     tools/benchmark.py step --config-file student.yaml --teacher teacher.yaml --losses all --amp bfloat16
 
 ``losses`` times forward and backward of each loss beside its floor, the arithmetic that no implementation can avoid,
-in turns in the same run, and measures the memory that the loss needs on top of the features, its gradient included.
-On maps that fit a processor's cache, calls cost more than arithmetic.
-
-``step`` times a training step of the plain student, the teacher's features alone, and the distillation step, in turns.
-On a GPU both count kernels, and ``step`` the times that the host waits for the GPU.
+and measures the memory that the loss needs on top of the features, its gradient included. ``step`` times a training
+step of the plain student, the teacher's features alone, and the distillation step. All take turns in the same run. On a
+GPU both count kernels, and ``step`` the times that the host waits for the GPU.
 """
 
 import argparse

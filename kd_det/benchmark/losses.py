@@ -20,10 +20,7 @@ __all__ = ["METHODS", "measure_loss"]
 
 
 def gram(s: Tensor, t: Tensor) -> Tensor:
-    """
-    The three blocks of channels by bmm; backward, one product each for the student's own and the mixed block. (The
-    teacher's own needs none, and the two products of a self-product's backward are equal.)
-    """
+    """The three blocks of channels; backward, one product each for the student's own block and the mixed one."""
     s, t = s.flatten(2), t.flatten(2)
     own, cross, _ = torch.bmm(s, s.mT), torch.bmm(s, t.mT), torch.bmm(t, t.mT)
     return torch.bmm(own, s).baddbmm_(cross, t)

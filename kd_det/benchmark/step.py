@@ -24,13 +24,8 @@ __all__ = ["measure_step"]
 
 def measure_step(cfg: CfgNode, *, images: int, amp: torch.dtype | None, repeat: int) -> tuple[list[dict], float]:
     """
-    Measure the steps in turns, on random images of the config's test size, with networks of random weights.
-
-    Args:
-        cfg: a distillation config.
-        images: in a batch.
-        amp: the type of autocast in forwards, with scaled gradients for float16; None: float32.
-        repeat: rounds of measurements, of which the medians count.
+    Measure the steps of a distillation config in turns, on random images of its test size, with networks of random
+    weights. The medians of the rounds count; float16 scales gradients.
 
     Returns:
         A row each, and the median of the distillation step's time by the sum of the two others'. Memory is what a

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["AverageStatistics", "AverageWeights", "WeightAverage"]
+__all__ = ["AverageStatistics", "WeightAverage"]
 
 
 class WeightAverage:
@@ -18,19 +18,11 @@ class WeightAverage:
     ``a <- d a + (1 - d) w`` with ``d = min(decay, (1 + n) / (10 + n))``, so that a short run does not average its
     random start. Its state is a checkpointable.
 
-    The arithmetic is that of torch's ``AveragedModel``, which itself deep-copies the model, with all hooks on it, and
-    waits for the device at every update to read its counter.
+    torch's ``AveragedModel`` has the same arithmetic, but deep-copies the model, with all hooks on it, and waits for
+    the device at every update to read its counter.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        """
-        Args:
-            model: what its ``state_dict`` holds is averaged.
-            decay: in (0, 1).
-
-        Raises:
-            ValueError: another decay.
-        """
         if not 0 < decay < 1:
             raise ValueError(f"CLASSIFICATION.EMA_DECAY must be in (0, 1), or 0 for no average, found {decay}.")
         self.decay = decay
@@ -44,51 +36,34 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        average = get_ema_multi_avg_fn(decay)
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))
         average(list(self._averages.values()), list(self._weights().values()), self.updates)
 
     @contextlib.contextmanager
     def applied(self):
         """A context in which the model's weights are the averages."""
-        weights = self._weights()
-        kept = {key: value.clone() for key, value in weights.items()}
-        self._copy(self._averages, weights)
+        weights = list(self._weights().values())
+        kept = [value.clone() for value in weights]
+        torch._foreach_copy_(weights, list(self._averages.values()))
         try:
             yield
         finally:
-            self._copy(kept, weights)
-
-    @staticmethod
-    @torch.no_grad()
-    def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-        for key, value in target.items():
-            value.copy_(source[key])
+            torch._foreach_copy_(weights, kept)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "averages": self._averages}
 
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
-        self._copy(state["averages"], self._averages)
-
-
-class AverageWeights(HookBase):
-    """Updates a :class:`WeightAverage` after every step."""
-
-    def __init__(self, average: WeightAverage):
-        self._average = average
-
-    def after_step(self):
-        self._average.update()
+        for key, value in self._averages.items():
+            value.copy_(state["averages"][key])
 
 
 class AverageStatistics(HookBase):
     """
     After every step, replaces the running statistics of batch norms that normalise each process' images separately by
     their mean over all processes (running averages are linear, so nothing else changes). The model that all processes
-    evaluate is then the one that the first process saves. timm's ``distribute_bn`` does the same once an epoch, a
-    buffer at a time.
+    evaluate is then the one that the first process saves.
     """
 
     @torch.no_grad()
@@ -100,10 +75,8 @@ class AverageStatistics(HookBase):
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
-        if not buffers or comm.get_world_size() == 1:
-            return
-        means = torch.cat(buffers)
-        dist.all_reduce(means)
-        means /= comm.get_world_size()
-        for buffer, mean in zip(buffers, means.split([len(buffer) for buffer in buffers])):
-            buffer.copy_(mean)
+        if buffers and comm.get_world_size() > 1:
+            means = torch.cat(buffers)
+            dist.all_reduce(means)
+            means /= comm.get_world_size()
+            torch._foreach_copy_(buffers, means.split([len(buffer) for buffer in buffers]))

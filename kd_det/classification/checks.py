@@ -11,28 +11,17 @@ __all__ = ["check_input"]
 
 # The least and the most that each key may be.
 _RANGES = {
-    "INPUT_SIZE": (0, math.inf),
+    **dict.fromkeys(("TEST_BATCH_SIZE", "PREFETCH_FACTOR"), (1, math.inf)),
+    **dict.fromkeys(("AUG.TRAIN_SIZE", "AUG.TEST_RESIZE", "AUG.TEST_SIZE"), (1, math.inf)),
+    **dict.fromkeys(("INPUT_SIZE", "AUG.RAND_AUGMENT_OPS", "AUG.MIXUP", "AUG.CUTMIX"), (0, math.inf)),
     "EMA_DECAY": (0, math.nextafter(1, 0)),  # 1 would average nothing
-    "TEST_BATCH_SIZE": (1, math.inf),
-    "PREFETCH_FACTOR": (1, math.inf),
-    "AUG.TRAIN_SIZE": (1, math.inf),
     "AUG.FLIP": (0, 1),
-    "AUG.RAND_AUGMENT_OPS": (0, math.inf),
     "AUG.RAND_AUGMENT_MAGNITUDE": (0, 30),
-    "AUG.MIXUP": (0, math.inf),
-    "AUG.CUTMIX": (0, math.inf),
-    "AUG.TEST_RESIZE": (1, math.inf),
-    "AUG.TEST_SIZE": (1, math.inf),
 }
 
 
 def check_input(cfg: CfgNode) -> None:
-    """
-    Check what turns files into batches, without reading one.
-
-    Raises:
-        ValueError: a number out of its range, or an unknown word.
-    """
+    """Raise a ``ValueError`` for a number out of its range or an unknown word in what turns files into batches."""
     node = cfg.CLASSIFICATION
     for key, (least, most) in _RANGES.items():
         value = node.AUG[key.removeprefix("AUG.")] if key.startswith("AUG.") else node[key]

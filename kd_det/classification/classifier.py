@@ -15,9 +15,9 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
-from kd_det.features.context import valid_mask
+from kd_det.features.context import normalised_images, valid_mask
 from kd_det.weights.convert import classifier_names
-from kd_det.weights.strict import MisfitError, describe_misfits, misshapen
+from kd_det.weights.strict import refuse_misshapen
 
 __all__ = ["ImageClassifier"]
 
@@ -44,7 +44,6 @@ class ImageClassifier(nn.Module):
     ):
         """
         Args:
-            backbone: any backbone of Detectron2's kind.
             num_classes: K.
             pixel_mean, pixel_std: one number a channel, in the units of the images (0 to 255).
             in_feature: the backbone's output that is classified.
@@ -70,11 +69,10 @@ class ImageClassifier(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         if input_size:
             # In the backbone's call, so that its maps cover the images it is given also for those who run it alone.
-            self.backbone.register_forward_pre_hook(
-                lambda _, args: (
-                    F.interpolate(args[0], size=(input_size, input_size), mode="bilinear", antialias=True),
-                )
-            )
+            resize = {"size": (input_size, input_size), "mode": "bilinear", "antialias": True}
+            self.backbone.register_forward_pre_hook(lambda _, args: (F.interpolate(args[0], **resize),))
+
+    _build_backbone = staticmethod(build_backbone)
 
     def _build_linear(self) -> nn.Module:
         shapes = self.backbone.output_shape()
@@ -92,7 +90,7 @@ class ImageClassifier(nn.Module):
     def from_config(cls, cfg: CfgNode) -> Dict:
         node = cfg.CLASSIFICATION
         return {
-            "backbone": build_backbone(cfg),
+            "backbone": cls._build_backbone(cfg),
             "num_classes": node.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -115,12 +113,8 @@ class ImageClassifier(nn.Module):
 
     def forward(self, batched_inputs: List[Dict]):
         """
-        Args:
-            batched_inputs: dicts with ``image``, (3, H, W) in 0..255, and for training ``label``, a class index or a
-                distribution (K,).
-
-        Returns:
-            In training ``{"loss_cls": scalar}``; in eval a dict an image with ``scores``, (K,), which sum to 1.
+        From dicts with ``image``, (3, H, W) in 0..255, and for training ``label``, a class index or a distribution
+        (K,), to ``{"loss_cls": scalar}`` in training, in eval to a dict an image with ``scores``, (K,), which sum to 1.
         """
         if self.training:
             return self.task_losses(batched_inputs)
@@ -147,13 +141,7 @@ class ImageClassifier(nn.Module):
         return self.linear(self._pool(features, images))
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
-        """Normalise, pad and batch the images, with gradients to them (v0.6's ``ImageList.from_tensors`` has none)."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        sizes = [tuple(image.shape[-2:]) for image in images]
-        multiple = max(self.backbone.size_divisibility, 1)
-        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes))
-        padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes)]
-        return ImageList(torch.stack(padded), sizes)
+        return normalised_images(self, batched_inputs)
 
     @staticmethod
     def _pool(features: Tensor, images: ImageList) -> Tensor:
@@ -168,11 +156,11 @@ class ImageClassifier(nn.Module):
         labels = [x["label"] for x in batched_inputs]
         if isinstance(labels[0], Tensor) and labels[0].dim() == 1:
             return torch.stack(labels).to(self.device)
-        for x, label in zip(batched_inputs, labels):
-            if not 0 <= label < self.num_classes:
+        for x in batched_inputs:
+            if not 0 <= x["label"] < self.num_classes:
                 raise ValueError(
-                    f"The label of {x.get('file_name', 'an image')} is {label}; expected 0..{self.num_classes - 1} "
-                    f"(CLASSIFICATION.NUM_CLASSES is {self.num_classes})."
+                    f"The label of {x.get('file_name', 'an image')} is {x['label']}; expected 0.."
+                    f"{self.num_classes - 1} (CLASSIFICATION.NUM_CLASSES is {self.num_classes})."
                 )
         return torch.tensor(labels, device=self.device)
 
@@ -182,13 +170,9 @@ class ImageClassifier(nn.Module):
         for old, new in renamed.items():
             state_dict[prefix + new] = state_dict.pop(prefix + old)
         own = self.state_dict()
-        unfit = [
-            misshapen(name, state_dict[prefix + name].shape, own[name].shape)
-            for name in renamed.values()
-            if name in own and state_dict[prefix + name].shape != own[name].shape
-        ]
-        if unfit:
-            classes = state_dict.get(f"{prefix}linear.weight", own["linear.weight"]).shape[0]
-            hint = f"; they classify {classes} classes, not {self.num_classes}" if classes != self.num_classes else ""
-            raise MisfitError(describe_misfits(misshapen=unfit) + hint)
+        classes = state_dict.get(f"{prefix}linear.weight", own["linear.weight"]).shape[0]
+        refuse_misshapen(
+            ((new, state_dict[prefix + new].shape, own[new].shape) for new in renamed.values() if new in own),
+            hint=f"; they classify {classes} classes, not {self.num_classes}" if classes != self.num_classes else "",
+        )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -13,12 +13,8 @@ __all__ = ["ClassificationEvaluator", "ranks"]
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """
-    How many classes score higher than each image's own, (N,); a tie counts against it, so that equal scores for
-    all classes are never right. Neither is NaN.
-
-    Args:
-        scores: (N, K).
-        labels: (N,), in 0..K-1.
+    How many classes score higher than each image's own, (N,), from scores (N, K) and labels (N,) in 0..K-1; a tie
+    counts against it, so that equal scores for all classes are never right. Neither is NaN.
     """
     own = scores.gather(1, labels[:, None])
     return (~(scores < own)).sum(dim=1) - own[:, 0].isfinite().long()
@@ -31,10 +27,9 @@ class ClassificationEvaluator(DatasetEvaluator):
         self._ranks: List[Tensor] = []
 
     def process(self, inputs: List[Dict], outputs: List[Dict]):
-        if not inputs:
-            return
-        scores = torch.stack([x["scores"] for x in outputs]).float().cpu()
-        self._ranks.append(ranks(scores, torch.tensor([x["label"] for x in inputs])))
+        if inputs:
+            scores = torch.stack([x["scores"] for x in outputs]).float().cpu()
+            self._ranks.append(ranks(scores, torch.tensor([x["label"] for x in inputs])))
 
     def evaluate(self):
         own = torch.cat(self._ranks) if self._ranks else torch.zeros(0, dtype=torch.int64)

@@ -26,15 +26,8 @@ class GradientAttentionLoss(DistillationLoss):
 
     @configurable
     def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: see :class:`DistillationLoss`.
-        """
+        """For arguments see :class:`DistillationLoss`."""
         super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg, student, teacher):
-        return super().from_config(cfg, student, teacher)
 
     def connect(self, student: nn.Module, teacher: nn.Module) -> None:
         super().connect(student, teacher)

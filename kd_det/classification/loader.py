@@ -8,11 +8,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from kd_det.classification.data import load_dataset
-from kd_det.classification.mapper import ClassificationMapper, build_mapper, readable
+from kd_det.classification.mapper import ClassificationMapper, build_mapper
 from kd_det.engine.loader import ResumableLoader, images_per_process
 from kd_det.random_state import preserved_random_state, seed_everything
 
@@ -51,19 +51,15 @@ class MixingLoader(ResumableLoader):
 
 def build_train_loader(cfg: CfgNode, mapper: ClassificationMapper | None = None) -> ResumableLoader:
     """
-    Endless batches of ``SOLVER.IMS_PER_BATCH`` images over all processes, from ``DATASETS.TRAIN``.
-
-    Args:
-        cfg: with ``DATASETS``, ``DATALOADER`` and ``CLASSIFICATION``.
-        mapper: default: :func:`build_mapper` for training.
+    Endless batches of ``SOLVER.IMS_PER_BATCH`` images over all processes, from ``DATASETS.TRAIN``; the mapper is by
+    default :func:`build_mapper`'s.
 
     Raises:
         ValueError: a data set that cannot be used, or a wrong value of a config key.
     """
-    node = cfg.CLASSIFICATION
-    loader = ResumableLoader
-    if node.AUG.MIXUP or node.AUG.CUTMIX:
-        mixing = {"num_classes": node.NUM_CLASSES, "mixup": node.AUG.MIXUP, "cutmix": node.AUG.CUTMIX}
+    loader, aug = ResumableLoader, cfg.CLASSIFICATION.AUG
+    if aug.MIXUP or aug.CUTMIX:
+        mixing = {"num_classes": cfg.CLASSIFICATION.NUM_CLASSES, "mixup": aug.MIXUP, "cutmix": aug.CUTMIX}
         loader = functools.partial(MixingLoader, **mixing)
     images = DatasetFromList(load_dataset(cfg.DATASETS.TRAIN), copy=False)
     return loader(
@@ -78,29 +74,21 @@ def build_train_loader(cfg: CfgNode, mapper: ClassificationMapper | None = None)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Every image of a data set once, over all processes."""
+    """Every image of a data set once, over all processes; corrupt ones are left out, where they are to be skipped."""
     dicts = DatasetFromList(load_dataset([dataset_name]), copy=False)
     return DataLoader(
-        _Mapped(dicts, build_mapper(cfg, is_train=False)),
+        dicts,
         batch_size=cfg.CLASSIFICATION.TEST_BATCH_SIZE,
         sampler=InferenceSampler(len(dicts)),
-        collate_fn=readable,
+        collate_fn=functools.partial(_map_readable, mapper=build_mapper(cfg, is_train=False)),
         persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0 and cfg.CLASSIFICATION.PERSISTENT_WORKERS,
         **_workers(cfg),
     )
 
 
-class _Mapped(Dataset):
-    """Detectron2's MapDataset takes another image for None, which must not happen in evaluation."""
-
-    def __init__(self, dicts, mapper):
-        self._dicts, self._mapper = dicts, mapper
-
-    def __len__(self) -> int:
-        return len(self._dicts)
-
-    def __getitem__(self, index: int) -> dict | None:
-        return self._mapper(self._dicts[index])
+def _map_readable(batch: list[dict], mapper: ClassificationMapper) -> list[dict]:
+    # Not Detectron2's MapDataset, which takes another image for one that is skipped.
+    return [x for x in map(mapper, batch) if x is not None]
 
 
 def _workers(cfg: CfgNode) -> dict:

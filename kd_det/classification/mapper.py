@@ -1,10 +1,10 @@
 """From files to images: torchvision's v2 transforms, and what happens to corrupt images."""
 
-import functools
 import logging
 import multiprocessing
+import operator
 from collections.abc import Callable
-from typing import Dict, List, Optional
+from typing import Dict, Optional
 
 from detectron2.config import CfgNode
 from PIL import Image
@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from kd_det.data.checks import DatasetError
+from kd_det.errors import DatasetError, one_line
 
-__all__ = ["ClassificationMapper", "build_mapper", "build_transform", "readable"]
+__all__ = ["ClassificationMapper", "build_mapper", "build_transform"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,28 +44,20 @@ def build_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], Ten
         steps = [v2.Resize(aug.TEST_RESIZE, antialias=True), v2.CenterCrop(aug.TEST_SIZE)]
     steps.append(v2.PILToTensor())
     if order != "RGB":
-        steps.append(functools.partial(_reorder, indices=["RGB".index(channel) for channel in order]))
+        # As image[indices], in a form that worker processes can unpickle.
+        steps.append(operator.itemgetter(["RGB".index(channel) for channel in order]))
     return v2.Compose(steps)
-
-
-def _reorder(image: Tensor, indices: List[int]) -> Tensor:
-    return image[indices]
 
 
 class ClassificationMapper:
     """
     From a dataset dict with ``file_name`` and ``label`` to the same with ``image``, as ``ImageClassifier`` takes it;
-    None for a corrupt image to be skipped, for which Detectron2's and kd_det's training loaders take another.
+    None for a corrupt image with ``skip_corrupt``, for which Detectron2's and kd_det's training loaders take another;
+    without, a :class:`DatasetError`.
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], *, skip_corrupt: bool = False):
-        """
-        Args:
-            transform: from an RGB picture to a tensor (3, H, W).
-            skip_corrupt: skip images that cannot be read instead of raising.
-        """
-        self._transform = transform
-        self._skip_corrupt = skip_corrupt
+        self._transform, self._skip_corrupt = transform, skip_corrupt
         self._skipped = multiprocessing.Value("q", 0)  # counts in all workers
 
     @property
@@ -74,15 +66,11 @@ class ClassificationMapper:
         return self._skipped.value
 
     def __call__(self, dataset_dict: Dict) -> Optional[Dict]:
-        """
-        Raises:
-            DatasetError: the image cannot be read, and is not to be skipped.
-        """
         path = dataset_dict["file_name"]
         try:
             image = default_loader(path)
         except _UNREADABLE as e:
-            problem = f"image {path} cannot be read ({' '.join(str(e).split())})"
+            problem = f"image {path} cannot be read ({one_line(e)})"
             if not self._skip_corrupt:
                 raise DatasetError(f"{problem}; CLASSIFICATION.CORRUPT_IMAGES 'skip' leaves such images out") from e
             with self._skipped.get_lock():
@@ -101,8 +89,3 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> ClassificationMapper:
     if found not in ("stop", "skip"):
         raise ValueError(f"CLASSIFICATION.CORRUPT_IMAGES must be 'stop' or 'skip', found {found!r}.")
     return ClassificationMapper(build_transform(cfg, is_train), skip_corrupt=found == "skip")
-
-
-def readable(batch: List[Optional[Dict]]) -> List[Dict]:
-    """The images of a batch that were not skipped."""
-    return [x for x in batch if x is not None]

@@ -11,7 +11,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from kd_det.classification.average import AverageStatistics, AverageWeights, WeightAverage
+from kd_det.classification.average import AverageStatistics, WeightAverage
 from kd_det.classification.classifier import ImageClassifier
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.loader import build_test_loader, build_train_loader
@@ -56,9 +56,9 @@ class ClassificationTrainer(Trainer):
         decay = self.cfg.CLASSIFICATION.EMA_DECAY
         self.average = WeightAverage(_plain(self.model), decay) if decay else None
         ret = [self._evaluation() if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+        averaging = [hooks.CallbackHook(after_step=lambda trainer: trainer.average.update())] if decay else []
         # Before the checkpointer, so that a checkpoint holds the averages of its own weights.
-        first = [AverageStatistics(), *([AverageWeights(self.average)] if self.average is not None else [])]
-        return [*first, *ret, _ExportBackbone()]
+        return [AverageStatistics(), *averaging, *ret, _ExportBackbone()]
 
     def _evaluation(self) -> hooks.EvalHook:
         """Evaluates the average, if one is kept; one loader a data set serves all evaluations, with its workers."""
@@ -108,15 +108,11 @@ def trainer_class(cfg: CfgNode) -> type[Trainer]:
 
 
 def check_trainer(cfg: CfgNode, trainer: type[Trainer]) -> None:
-    """
-    Raises:
-        UserError: the config is one of the other stage's than the trainer; names the tool for it.
-    """
+    """Raise a :class:`UserError`, which names the tool, if the config is one of the other stage's than the trainer."""
     classifies = issubclass(trainer, ClassificationTrainer)
-    if classifies != issubclass(trainer_class(cfg), ClassificationTrainer):
-        architecture = student_class(cfg).__name__
+    if classifies != is_classifier(cfg):
         tool = "train_net.py" if classifies else "pretrain_backbone.py"
-        raise UserError(f"the config is of {architecture}, which is for tools/{tool}")
+        raise UserError(f"the config is of {student_class(cfg).__name__}, which is for tools/{tool}")
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -30,9 +30,8 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = describe(default_argument_parser(epilog=""), description)
     group = _add_config_arguments(parser)
     group.add_argument("--overwrite", action="store_true", help="replace the run that OUTPUT_DIR holds")
-    group.add_argument(
-        "--allow-unused-classes", action="store_true", help="the config may have more classes than the data sets"
-    )
+    text = "the config may have more classes than the data sets"
+    group.add_argument("--allow-unused-classes", action="store_true", help=text)
     return parser
 
 
@@ -50,23 +49,14 @@ def config_parser(description: str, *, teacher: bool = True) -> argparse.Argumen
 
 def _add_config_arguments(parser: argparse.ArgumentParser, *, teacher: bool = True):
     group = parser.add_argument_group("distillation")
-    group.add_argument(
-        "--import",
-        dest="imports",
-        metavar="MODULE",
-        action="append",
-        default=[],
-        help="a project's module or .py file that registers its data sets, losses, ...; may be repeated",
-    )
+    text = "a project's module or .py file that registers its data sets, losses, ...; may be repeated"
+    group.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help=text)
     parser.set_defaults(teacher=None, teacher_weights="", losses=None)
     if teacher:
         group.add_argument("--teacher", metavar="NAME_OR_YAML", help="the teacher's config: a file or a model-zoo name")
         group.add_argument("--teacher-weights", metavar="FILE", default="", help="default: the zoo entry's checkpoint")
-        group.add_argument(
-            "--losses",
-            metavar="NST,...",
-            help="default: the config's; with --teacher, NST,SoftTarget if both have ROI heads, NST otherwise",
-        )
+        text = "default: the config's; with --teacher, NST,SoftTarget if both have ROI heads, NST otherwise"
+        group.add_argument("--losses", metavar="NST,...", help=text)
     return group
 
 

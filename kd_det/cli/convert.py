@@ -16,8 +16,6 @@ from kd_det.weights.backbone_file import IMAGENET_METADATA, save_backbone
 from kd_det.weights.convert import convert_for_timm, convert_resnet, resnet_options
 from kd_det.weights.files import read_weights
 
-__all__ = ["get_parser", "main"]
-
 
 def _convert(args: argparse.Namespace) -> None:
     state = read_weights(args.weights, who="backbone")

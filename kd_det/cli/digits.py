@@ -20,8 +20,6 @@ from kd_det.cli.run_tool import run_tool
 from kd_det.errors import UserError
 from kd_det.quickstart.offline import OfflineDatasetOptions, make_offline_dataset
 
-__all__ = ["get_parser", "main"]
-
 HELP = {
     "num_train": "training images",
     "num_val": "validation images",

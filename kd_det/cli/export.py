@@ -20,8 +20,6 @@ from kd_det.errors import UserError
 from kd_det.weights.export import export_student
 from kd_det.weights.strict import load_strictly
 
-__all__ = ["get_parser", "main"]
-
 
 def _export(args: argparse.Namespace) -> None:
     if is_lazy(args):

@@ -37,22 +37,21 @@ def launch(main: Callable, args, *, output_dir: str = "", device: str = "cuda") 
     Raises:
         SystemExit: a process ended with another status than 0; its status is kept.
     """
-    has_gpu = torch.cuda.is_available()
-    on_gpu = has_gpu and device.startswith("cuda")
+    on_gpu = torch.cuda.is_available() and device.startswith("cuda")
     what = (main, args, output_dir)
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _join_torchrun(on_gpu)
-        _run_in_group(*what)
-        return
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            if on_gpu:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            _join_group("nccl" if on_gpu else "gloo", int(os.environ["LOCAL_WORLD_SIZE"]))
+        return _run_in_group(*what)
     if args.num_gpus * args.num_machines == 1:
-        _run(*what)
-        return
+        return _run(*what)
     requests = []
     try:
         # This process only waits: a request to stop is for the processes that train, which then end it.
         with _passing_on(requests):
-            # Without a GPU, v0.6 refuses and main takes gloo; with one, both take NCCL.
-            if on_gpu or (not has_gpu and hasattr(comm, "create_local_process_group")):
+            if on_gpu:  # without a GPU, v0.6 refuses; with one, Detectron2 takes NCCL on the CPU too
                 where = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
                 detectron2_launch(_run_in_group, *where, args=what)
             else:
@@ -80,47 +79,32 @@ def _run_in_group(*what):
     ``_run``, then leave the process group: a thread of gloo that releases a result takes Python's lock, and while the
     interpreter shuts down that aborts the process.
     """
+    status = 0
     try:
         _run(*what)
-        status = 0
     except SystemExit as e:
         status = e.code
     # NCCL may wait for ranks that a process which was stopped, or failed, leaves behind.
     if dist.is_initialized() and (not status or dist.get_backend() == "gloo"):
-        _leave_group()
+        # Private, and without a public way to forget them: Detectron2 keeps two groups in its module.
+        comm._LOCAL_PROCESS_GROUP = None
+        comm._get_global_gloo_group.cache_clear()
+        gc.collect()  # a model under DistributedDataParallel keeps the group, and its threads, alive
+        dist.destroy_process_group()
     if status:
         sys.exit(status)
 
 
-def _leave_group():
-    # Private, and without a public way to forget them: Detectron2 keeps two groups in its module.
-    comm._LOCAL_PROCESS_GROUP = None
-    comm._get_global_gloo_group.cache_clear()
-    gc.collect()  # a model under DistributedDataParallel keeps the group, and its threads, alive
-    dist.destroy_process_group()
-
-
-@restartable()
 def _gloo_worker(local_rank: int, args, what: tuple):
-    dist.init_process_group(
-        "gloo",
-        init_method=args.dist_url,
-        world_size=args.num_machines * args.num_gpus,
-        rank=args.machine_rank * args.num_gpus + local_rank,
-    )
-    _create_local_process_group(args.num_gpus)
-    comm.synchronize()
+    rank, world_size = args.machine_rank * args.num_gpus + local_rank, args.num_machines * args.num_gpus
+    _join_group("gloo", args.num_gpus, init_method=args.dist_url, world_size=world_size, rank=rank)
     _run_in_group(*what)
 
 
 @restartable()
-def _join_torchrun(on_gpu: bool):
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        return
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    _create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+def _join_group(backend: str, num_local: int, **where):
+    dist.init_process_group(backend, **where)
+    _create_local_process_group(num_local)
     comm.synchronize()
 
 

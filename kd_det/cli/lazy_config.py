@@ -27,10 +27,7 @@ KEYS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 def load_lazy_config(args: argparse.Namespace) -> DictConfig:
     """
     The config of a run: the file with ``KEY=VALUE`` overrides, and a Distiller around its model with ``--teacher``.
-
-    Raises:
-        UserError: a file that is no such config, or an override that does not fit.
-        OSError: a file that cannot be read.
+    ``UserError`` for a file that is no such config, or an override that does not fit.
     """
     _kd_config(args.imports)
     try:
@@ -43,7 +40,7 @@ def load_lazy_config(args: argparse.Namespace) -> DictConfig:
     if missing:
         raise UserError(f"{args.config_file} lacks {', '.join(missing)}: a config must name {', '.join(KEYS)}")
     if args.teacher or args.losses:
-        teacher = args.teacher or (cfg.model.get("teacher") if plain_student(cfg.model) is not cfg.model else None)
+        teacher = args.teacher or _teacher(cfg)
         if teacher is None:
             raise UserError("--losses needs --teacher, or a config whose model is a Distiller with a teacher")
         cfg.model = L(distil)(
@@ -70,9 +67,8 @@ def distil(
     What ``--teacher`` makes of the model of a LazyConfig.
 
     Args:
-        student: the plain model.
-        teacher: a network, or the name of a config (yaml or LazyConfig) or zoo entry.
-        weights: of a teacher that is a name; empty: the zoo entry's checkpoint.
+        teacher: a network, or the name of a config (yaml or LazyConfig) or zoo entry, with its weights (empty: the zoo
+            entry's checkpoint).
         losses: names of losses, with the options that ``KD.*`` has by default; None: the default losses.
         input_format: channel order of the images; default: the student's.
         imports: modules that register losses of a project.
@@ -104,10 +100,13 @@ def plain_student(model: DictConfig) -> DictConfig:
 def networks(cfg: DictConfig) -> dict[str, nn.Module]:
     """The student and, of a Distiller, the teacher's architecture, without weights."""
     ret = {"student": instantiate(plain_student(cfg.model))}
-    teacher = cfg.model.get("teacher") if plain_student(cfg.model) is not cfg.model else None
-    if teacher is not None:
+    if (teacher := _teacher(cfg)) is not None:
         ret["teacher"] = instantiate(teacher.get("model", teacher))  # load_teacher(model=..., weights=...)
     return ret
+
+
+def _teacher(cfg: DictConfig):
+    return cfg.model.get("teacher") if plain_student(cfg.model) is not cfg.model else None
 
 
 def _kd_config(imports) -> CfgNode:

@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig
 
 from kd_det.cli.arguments import argument_parser, parse_arguments
-from kd_det.cli.checks.output_dir import check_folder, remove_earlier_run
+from kd_det.cli.checks.run import check_folder, remove_earlier_run
 from kd_det.cli.launch import launch
 from kd_det.cli.lazy_config import load_lazy_config, plain_student
 from kd_det.cli.run_tool import run_tool
@@ -28,8 +28,6 @@ from kd_det.engine.step import TrainStep
 from kd_det.errors import UserError
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.strict import load_strictly
-
-__all__ = ["get_parser", "main"]
 
 
 def _test(cfg: DictConfig, model):
@@ -59,22 +57,14 @@ def _train(cfg: DictConfig, logger, *, resume: bool):
         dump_dir=os.path.join(cfg.train.output_dir, "non_finite"),
     )
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
-    main_only = []
+    trainer.register_hooks(
+        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+        + [hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)] * comm.is_main_process()
+        + [hooks.EvalHook(cfg.train.eval_period, lambda: _test(cfg, model))]
+    )
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        main_only = [
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-            hooks.PeriodicWriter(writers, period=cfg.train.log_period),
-        ]
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            *main_only[:1],
-            hooks.EvalHook(cfg.train.eval_period, lambda: _test(cfg, model)),
-            *main_only[1:],
-        ]
-    )
+        trainer.register_hooks([hooks.PeriodicWriter(writers, period=cfg.train.log_period)])
     resumes = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     trainer.train(trainer.iter + 1 if resumes else 0, cfg.train.max_iter)

@@ -20,20 +20,13 @@ COMMANDS = {
     "quickstart": "teacher, student alone and distilled student on that data set, compared",
 }
 
-_HELP = """\
-usage: kd-det COMMAND ...
-
-Knowledge distillation for Detectron2.
-
-{commands}
-
-kd-det COMMAND --help tells more."""
-
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(_HELP.format(commands="\n".join(f"  {command:12}{line}" for command, line in COMMANDS.items())))
+        commands = "\n".join(f"  {command:12}{line}" for command, line in COMMANDS.items())
+        print(f"usage: kd-det COMMAND ...\n\nKnowledge distillation for Detectron2.\n\n{commands}\n")
+        print("kd-det COMMAND --help tells more.")
         return
     if name not in COMMANDS:
         sys.exit(f"error: {unknown_name('command', name, COMMANDS)}")

@@ -18,24 +18,16 @@ from kd_det.classification.trainer import ClassificationTrainer, check_trainer
 from kd_det.cli.arguments import argument_parser, load_config, parse_arguments
 from kd_det.cli.checks import check_run
 from kd_det.cli.run_tool import run_tool
-from kd_det.cli.train import check_and_launch, train_or_evaluate
+from kd_det.cli.train import check_and_launch
 from kd_det.errors import UserError
 from kd_det.study.compare import compare
 from kd_det.study.runs import Run
 
-__all__ = ["get_parser", "main", "planned_runs"]
-
 
 def planned_runs(files: list[str], seeds: list[int], opts: list[str], *, num_gpus: int = 1) -> dict[str, list[Run]]:
     """
-    The runs of --compare, checked. A run writes to ``OUTPUT_DIR/seed_<seed>`` of its config.
-
-    Args:
-        files: configs of this command.
-        opts: KEY VALUE pairs for all runs.
-
-    Raises:
-        ValueError: a config that does not exist or would not run, or options that are no pairs.
+    The runs of --compare, checked, with the KEY VALUE pairs of all. A run writes to ``OUTPUT_DIR/seed_<seed>`` of its
+    config. ``ValueError`` for a config that does not exist or would not run, or options that are no pairs.
     """
     missing = [name for name in files if not os.path.isfile(name)]
     if missing or not files:
@@ -58,8 +50,7 @@ def _run(path: str, seed: int, opts: list[str], num_gpus: int) -> Run:
     output_dir = os.path.join(_output_dir(path, opts), f"seed_{seed}")
     command = ["pretrain", "--num-gpus", str(num_gpus), "--config-file", path, *opts, "SEED", str(seed)]
     cfg = load_config(_arguments([*command[1:], "OUTPUT_DIR", output_dir]))
-    teacher = cfg.KD.TEACHER.WEIGHTS
-    inputs = [teacher] if os.path.isfile(teacher) else []
+    inputs = list(filter(os.path.isfile, [cfg.KD.TEACHER.WEIGHTS]))
     return Run(f"{path} with seed {seed}", command, cfg, inputs, task="classification")
 
 
@@ -79,14 +70,9 @@ def _output_dir(path: str, opts: list[str]) -> str:
     return config["OUTPUT_DIR"]
 
 
-def _process(args: argparse.Namespace):
-    return train_or_evaluate(args, ClassificationTrainer)
-
-
 def _pretrain(args: argparse.Namespace) -> None:
     if not args.compare:
-        check_and_launch(args, _process, ClassificationTrainer)
-        return
+        return check_and_launch(args, ClassificationTrainer)
     alone = ("config_file", "resume", "eval_only", "teacher", "losses")
     if ignored := [f"--{name.replace('_', '-')}" for name in alone if getattr(args, name)]:
         raise UserError(f"--compare trains the configs behind it; without {', '.join(ignored)}.")

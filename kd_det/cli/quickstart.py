@@ -19,8 +19,6 @@ from kd_det.quickstart.report import check_plain, draw_picture, num_parameters
 from kd_det.study import Run, run_command
 from kd_det.visualization import comparison_table, seeds_table
 
-__all__ = ["get_parser", "main", "plan"]
-
 TEACHER, STUDENT = (
     os.path.relpath(CONFIGS / "Quickstart" / f"{name}.yaml") for name in ("teacher_R_50_FPN", "student_R_18_FPN")
 )

@@ -19,8 +19,6 @@ from kd_det.features.tap_table import format_taps, input_size, list_taps
 from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
 
-__all__ = ["get_parser", "main"]
-
 UNREAD = "not read"  # a teacher's config without weights is refused elsewhere
 LAZY_SIZE = (800, 1333)
 

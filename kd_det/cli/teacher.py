@@ -1,6 +1,5 @@
 """From the config of any detector to that of a distillation run: ``--teacher`` and ``--losses``."""
 
-import argparse
 import re
 
 from detectron2.config import CfgNode
@@ -13,7 +12,7 @@ from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
 
-__all__ = ["add_teacher", "choose_losses", "losses_to_choose", "name_teacher"]
+__all__ = ["add_teacher", "choose_losses", "name_teacher"]
 
 # Stands in KD.LOSSES until choose_losses has seen both networks; no loss has this name.
 UNDECIDED = ("chosen with the networks",)
@@ -29,23 +28,11 @@ def name_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) 
     cfg.KD.LOSSES = UNDECIDED if losses is None else tuple(losses)
 
 
-def losses_to_choose(args: argparse.Namespace) -> bool:
-    """Whether the command line leaves losses or levels to :func:`choose_losses`."""
-    return bool(args.teacher) and not args.eval_only
-
-
 def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=()) -> list:
     """
-    What ``--teacher`` implies where the networks are known: the default losses, ``NST`` and, if both networks have ROI
-    heads, ``SoftTarget``; and taps on pyramid levels restricted to the levels that both backbones have.
-
-    Args:
-        cfg: the config that :func:`name_teacher` made.
-        student, teacher: its networks.
-        opts: KEY VALUE pairs of the user; these keys are left alone.
-
-    Returns:
-        KEY, VALUE, KEY, VALUE, ... that complete the config.
+    What completes the config of :func:`name_teacher` where its networks are known, as KEY, VALUE, KEY, VALUE, ...: the
+    default losses, ``NST`` and, if both have ROI heads, ``SoftTarget``; and taps on pyramid levels restricted to those
+    that both backbones have, unless the user's ``opts`` hold the key.
 
     Raises:
         ValueError: an unknown loss, or no level in common.
@@ -74,7 +61,7 @@ def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=
 def add_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -> None:
     """
     Turn the config of any detector into one that distils a teacher into it, in place. Both networks are built, without
-    weights, to choose losses and levels, see :func:`choose_losses`.
+    weights, to choose losses and levels.
 
     Args:
         cfg: a config with the KD node; a plain one's meta-architecture becomes the student's.

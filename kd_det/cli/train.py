@@ -8,7 +8,7 @@ Train a detector with or without a teacher, or evaluate it: Detectron2's tools/t
 """
 
 import argparse
-from collections.abc import Callable
+import functools
 
 from detectron2.engine import default_setup, hooks
 from detectron2.evaluation import verify_results
@@ -18,15 +18,13 @@ from detectron2.utils.logger import setup_logger
 from kd_det.classification.trainer import check_trainer
 from kd_det.cli.arguments import argument_parser, load_config, parse_arguments
 from kd_det.cli.checks import check_run
-from kd_det.cli.checks.output_dir import remove_earlier_run
+from kd_det.cli.checks.run import remove_earlier_run
 from kd_det.cli.launch import launch
 from kd_det.cli.run_tool import run_tool
 from kd_det.cli.summary import distillation_summary
 from kd_det.engine import Trainer, evaluate
 from kd_det.engine.evaluation import test_with_augmentation
 from kd_det.study.run_config import used_config
-
-__all__ = ["check_and_launch", "get_parser", "main", "train_or_evaluate"]
 
 
 def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
@@ -55,16 +53,13 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     return trainer.train()
 
 
-def check_and_launch(args: argparse.Namespace, process: Callable, trainer_class: type[Trainer]) -> None:
-    """Check a run, and call ``process(args)`` in every process of it."""
+def check_and_launch(args: argparse.Namespace, trainer_class: type[Trainer]) -> None:
+    """Check a run, and call :func:`train_or_evaluate` in every process of it."""
     cfg = load_config(args)
     check_trainer(cfg, trainer_class)
     cfg = check_run(cfg, args)
+    process = functools.partial(train_or_evaluate, trainer_class=trainer_class)
     launch(process, args, output_dir=cfg.OUTPUT_DIR, device=cfg.MODEL.DEVICE)
-
-
-def _process(args: argparse.Namespace):
-    return train_or_evaluate(args, Trainer)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -72,4 +67,4 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_tool(check_and_launch, parse_arguments(get_parser(), argv), _process, Trainer)
+    run_tool(check_and_launch, parse_arguments(get_parser(), argv), Trainer)

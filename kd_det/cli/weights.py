@@ -27,8 +27,6 @@ from kd_det.engine.loss_sizes import format_sizes, measure_losses
 from kd_det.errors import UserError
 from kd_det.weights.checkpoint import SafeCheckpointer
 
-__all__ = ["get_parser", "main"]
-
 
 def _model_and_batches(args: argparse.Namespace) -> tuple[Distiller, Iterable[list[dict]]]:
     if is_lazy(args):
@@ -50,16 +48,14 @@ def _propose(args: argparse.Namespace) -> None:
     with EventStorage():
         sizes = measure_losses(model, itertools.islice(batches, args.batches), share=args.share)
     print(format_sizes(sizes))
-    proposed = [f"KD.{size.name.upper()}.WEIGHT {size.proposed:.3g}" for size in sizes if size.proposed is not None]
-    print(" ".join(proposed))
+    print(*(f"KD.{size.name.upper()}.WEIGHT {size.proposed:.3g}" for size in sizes if size.proposed is not None))
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = config_parser(__doc__)
     parser.add_argument("--batches", type=int, default=8, help="training batches to measure on")
-    parser.add_argument(
-        "--share", type=float, default=0.5, help="gradient wanted, as a part of the student's own losses'"
-    )
+    text = "gradient wanted, as a part of the student's own losses'"
+    parser.add_argument("--share", type=float, default=0.5, help=text)
     return parser
 
 

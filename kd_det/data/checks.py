@@ -64,12 +64,9 @@ def evaluator_type(name: str) -> str:
 
 def check_dataset(name: str, needs: Mapping[str, str] | None = None, *, evaluated: bool = False) -> DatasetSummary:
     """
-    Load the annotations of a registered data set with its own loader, and look at its images: all exist;
-    and all of a small data set, or an even sample of a large one, can be read and have the size that the
-    annotations state. (Training names an unreadable image outside the sample: see :class:`CheckedMapper`.)
-
-    Takes as long as Detectron2's own loading, plus a second or two. In a run of many processes, one of them
-    is enough.
+    Load the annotations of a registered data set with its own loader, and look at its images: all exist; and all of a
+    small data set, or an even sample of a large one, can be read and have the size that the annotations state.
+    (Training names an unreadable image outside the sample: see :class:`CheckedMapper`.)
 
     Args:
         name: as in ``cfg.DATASETS.TRAIN`` and ``TEST``.
@@ -83,7 +80,10 @@ def check_dataset(name: str, needs: Mapping[str, str] | None = None, *, evaluate
     if name not in DatasetCatalog:
         raise DatasetError(f"{unknown_name('data set', name, DatasetCatalog.list())} {IMPORT_HINT}")
     meta = MetadataCatalog.get(name)
-    _check_json_size(name, meta)
+    path = meta.get("json_file") or ""
+    if os.path.isfile(path) and (size := os.path.getsize(path)) > LARGEST_JSON:
+        limit = f"this machine's memory holds {LARGEST_JSON:,} of JSON"
+        raise DatasetError(f"data set '{name}' cannot be loaded: {path} has {size:,} bytes, and {limit}")
     try:
         dicts = DatasetCatalog.get(name)
     except Exception as e:  # loaders fail in every way: with KeyError, AssertionError, a parser's own errors
@@ -106,10 +106,7 @@ def check_dataset(name: str, needs: Mapping[str, str] | None = None, *, evaluate
 
 
 class CheckedMapper:
-    """
-    Any Detectron2 mapper (a callable from a dataset dict to the model's input), with the file's path in the
-    error when the image cannot be read: Pillow's own message for a truncated file names none.
-    """
+    """Any Detectron2 mapper, with the image's path in the error when it cannot be read: Pillow's own names none."""
 
     def __init__(self, mapper: Callable[[dict], dict | None]):
         self.mapper = mapper
@@ -119,13 +116,6 @@ class CheckedMapper:
             return self.mapper(dataset_dict)
         except UNREADABLE as e:
             raise DatasetError(_unreadable(dataset_dict.get("file_name", "(no file name)"), e)) from e
-
-
-def _check_json_size(name: str, meta: Metadata) -> None:
-    path = meta.get("json_file") or ""
-    if os.path.isfile(path) and os.path.getsize(path) > LARGEST_JSON:
-        size = f"{path} has {os.path.getsize(path):,} bytes, and this machine's memory holds {LARGEST_JSON:,} of JSON"
-        raise DatasetError(f"data set '{name}' cannot be loaded: {size}")
 
 
 def _check_annotation(where: str, annotation: dict, classes: tuple[str, ...], needs: Mapping[str, str]) -> None:
@@ -191,8 +181,7 @@ def _explain(meta: Metadata, error: Exception) -> str:
         return f"{error.filename}: {error.strerror}{_remedy(meta)}"
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) and meta.get("json_file"):
         return f"{meta.json_file} is not a readable JSON file ({one_line(error)}){_remedy(meta)}"
-    problem = explain_voc(meta) if meta.get("dirname") and meta.get("split") else None
-    if problem:
+    if meta.get("dirname") and meta.get("split") and (problem := explain_voc(meta)):
         return problem + _remedy(meta)
     return f"{type(error).__name__}: {one_line(error)}{_where(meta)}"
 

@@ -16,15 +16,12 @@ _BOX = tuple(f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax"))
 
 def check_voc_evaluation(name: str) -> None:
     """
-    Whether Detectron2's VOC evaluator can read the annotations of a data set that its loader can: it wants more of
-    each object, and coordinates without a decimal point.
-
-    Raises:
-        DatasetError: names the first file and place.
+    Raise ``DatasetError`` for the first file and place that Detectron2's VOC evaluator cannot read, although its loader
+    can: it wants more of each object, and coordinates without a decimal point.
     """
     meta = MetadataCatalog.get(name)
     for image_id in _image_ids(meta):
-        path = _annotation_file(meta, image_id)
+        path = os.path.join(meta.dirname, "Annotations", image_id + ".xml")
         for i, item in enumerate(ET.parse(path).getroot().findall("object")):
             for place in ("truncated", "difficult", *_BOX):
                 if not re.fullmatch(r"\s*-?\d+\s*", item.findtext(place, "")):
@@ -36,7 +33,7 @@ def check_voc_evaluation(name: str) -> None:
 
 def explain_voc(meta: Metadata) -> str | None:
     """The first file of a data set that the loader cannot use, or None."""
-    image_set = _image_set_file(meta)
+    image_set = os.path.join(meta.dirname, "ImageSets", "Main", meta.split + ".txt")
     try:
         ids = _image_ids(meta)
     except UnicodeDecodeError as e:
@@ -47,15 +44,13 @@ def explain_voc(meta: Metadata) -> str | None:
     if odd:
         return f"{image_set}: expected the name of one image a line, found {odd[0]!r}"
     for image_id in ids:
-        path = _annotation_file(meta, image_id)
+        path = os.path.join(meta.dirname, "Annotations", image_id + ".xml")
         try:
             root = ET.parse(path).getroot()
         except ET.ParseError as e:
             return f"{path} is not a readable XML file ({one_line(e)})"
-        places = ["size/width", "size/height"]
-        for i in range(len(root.findall("object"))):
-            places += [f"object[{i + 1}]/{place}" for place in _BOX]
-        for place in places:
+        objects = range(1, len(root.findall("object")) + 1)
+        for place in ("size/width", "size/height", *(f"object[{i}]/{place}" for i in objects for place in _BOX)):
             if not _is_number(root.findtext(place)):
                 return f"{path}: expected a number at {place}, found {root.findtext(place)!r}"
         for label in (item.findtext("name") for item in root.findall("object")):
@@ -64,17 +59,9 @@ def explain_voc(meta: Metadata) -> str | None:
     return None
 
 
-def _image_set_file(meta: Metadata) -> str:
-    return os.path.join(meta.dirname, "ImageSets", "Main", meta.split + ".txt")
-
-
 def _image_ids(meta: Metadata) -> list[str]:
-    with open(_image_set_file(meta)) as f:
+    with open(os.path.join(meta.dirname, "ImageSets", "Main", meta.split + ".txt")) as f:
         return [line.strip() for line in f if line.strip()]
-
-
-def _annotation_file(meta: Metadata, image_id: str) -> str:
-    return os.path.join(meta.dirname, "Annotations", image_id + ".xml")
 
 
 def _is_number(text: str | None) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-from typing import Callable
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
@@ -30,19 +29,36 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         _complete_annotations(self._coco_api)
 
     def _eval_predictions(self, *args, **kwargs):
-        with _fast_implementation(self._coco_api):
+        # Both versions of Detectron2 look this name up when they evaluate, and bind it to COCOeval without their
+        # extension. faster-coco-eval takes whole numbers for the images' ids only.
+        original = coco_evaluation.COCOeval_opt
+        if original is COCOeval:
+            if _is_installed() and all(isinstance(image_id, int) for image_id in self._coco_api.imgs):
+                coco_evaluation.COCOeval_opt = fast_coco_eval
+                logger.info("Evaluating with faster-coco-eval.")
+            else:
+                logger.info("Evaluating with pycocotools' Python loops; faster-coco-eval is faster.")
+        try:
             return super()._eval_predictions(*args, **kwargs)
+        finally:
+            coco_evaluation.COCOeval_opt = original
+
+
+def fast_coco_eval(coco_gt: COCO, coco_dt: COCO, iou_type: str):
+    """pycocotools' ``COCOeval(coco_gt, coco_dt, iou_type)`` by faster-coco-eval: the same interface and numbers."""
+    from faster_coco_eval import COCO as FastCOCO
+    from faster_coco_eval import COCOeval_faster
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCOeval_faster(FastCOCO(coco_gt.dataset), FastCOCO(coco_dt.dataset), iou_type, print_function=print)
 
 
 def test_with_augmentation(cfg: CfgNode, model: GeneralizedRCNN, trainer_class) -> dict:
     """
     Evaluate a detector with Detectron2's test-time augmentation, as its own tool does for ``TEST.AUG.ENABLED``.
 
-    Args:
-        trainer_class: has ``build_evaluator`` and ``test``.
-
     Returns:
-        Results as ``test`` gives them, the tasks with the ending "_TTA".
+        Results as ``trainer_class.test`` gives them, the tasks with the ending "_TTA".
     """
     logger.info("Evaluating with test-time augmentation (TEST.AUG.ENABLED).")
     folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
@@ -66,40 +82,9 @@ def _complete_annotations(coco_api: COCO) -> None:
         coco_api.createIndex()
 
 
-def fast_coco_eval(coco_gt: COCO, coco_dt: COCO, iou_type: str):
-    """
-    pycocotools' ``COCOeval(coco_gt, coco_dt, iou_type)`` by faster-coco-eval: the same interface and numbers.
-
-    Raises:
-        ImportError: faster-coco-eval is not installed.
-    """
-    from faster_coco_eval import COCO as FastCOCO
-    from faster_coco_eval import COCOeval_faster
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCOeval_faster(FastCOCO(coco_gt.dataset), FastCOCO(coco_dt.dataset), iou_type, print_function=print)
-
-
 def _is_installed() -> bool:
     try:
         import faster_coco_eval  # noqa: F401
     except ImportError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _fast_implementation(coco_api: COCO):
-    # faster-coco-eval takes whole numbers for the images' ids only.
-    usable = _is_installed() and all(isinstance(image_id, int) for image_id in coco_api.imgs)
-    # Both versions of Detectron2 look this name up when they evaluate, and bind it to COCOeval without their extension.
-    original: Callable = coco_evaluation.COCOeval_opt
-    if original is COCOeval and usable:
-        coco_evaluation.COCOeval_opt = fast_coco_eval
-        logger.info("Evaluating with faster-coco-eval.")
-    elif original is COCOeval:
-        logger.info("Evaluating with pycocotools' Python loops; faster-coco-eval, if installed, gives the same faster.")
-    try:
-        yield
-    finally:
-        coco_evaluation.COCOeval_opt = original

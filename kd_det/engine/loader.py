@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
@@ -23,7 +22,7 @@ from kd_det.data import CheckedMapper, DatasetError
 from kd_det.errors import UserError, one_line
 from kd_det.random_state import preserved_random_state, seed_everything
 
-__all__ = ["ResumableLoader", "ResumableSampler", "build_train_loader", "images_per_process"]
+__all__ = ["ResumableLoader", "build_train_loader", "images_per_process"]
 
 
 def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=None) -> "ResumableLoader":
@@ -32,7 +31,6 @@ def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=
     sampler, batch size and grouping by aspect ratio.
 
     Args:
-        cfg: with ``DATASETS.TRAIN``, ``DATALOADER`` and ``SOLVER.IMS_PER_BATCH``.
         mapper: from a dataset dict to the model's input; default: ``DatasetMapper(cfg, is_train=True)``.
         dataset: a list of dataset dicts, or an indexable data set; default: those of ``DATASETS.TRAIN``.
     """
@@ -48,7 +46,7 @@ def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=
         dataset = DatasetFromList(dataset, copy=False)
 
     def build_sampler() -> Sampler:
-        loader = build_detection_train_loader(cfg, mapper=_unmapped, dataset=dataset)
+        loader = build_detection_train_loader(cfg, mapper=lambda record: record, dataset=dataset)
         if isinstance(loader, AspectRatioGroupedDataset):
             loader = loader.dataset
         return loader.dataset.sampler
@@ -65,12 +63,7 @@ def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=
 
 
 def images_per_process(cfg: CfgNode) -> int:
-    """
-    ``SOLVER.IMS_PER_BATCH`` divided among the processes of the run.
-
-    Raises:
-        UserError: it is not a multiple of their number.
-    """
+    """``SOLVER.IMS_PER_BATCH`` divided among the processes; ``UserError`` if it is not a multiple of their number."""
     ret, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
     if rest or ret < 1:
         raise UserError(
@@ -103,8 +96,8 @@ class ResumableLoader:
         Args:
             dataset: an indexable data set of dataset dicts.
             mapper: from a dataset dict to the model's input; None where it has none.
-            build_sampler: returns a sampler of this process' indices, seeded by NumPy's random state as Detectron2's
-                samplers are.
+            build_sampler: returns an endless sampler of this process' indices, seeded by NumPy's random state as
+                Detectron2's samplers are.
             batch_size: images in a batch of this process.
             aspect_ratio_grouping: no batch mixes landscape with portrait; the dicts then have "width" and "height".
             num_workers: processes that load, 0 for this one.
@@ -117,9 +110,7 @@ class ResumableLoader:
         self._mapper = CheckedMapper(mapper)
         self._build_sampler = build_sampler
         self._batch_size = batch_size
-        self._wide = np.zeros(len(dataset), dtype=bool)
-        if aspect_ratio_grouping:
-            self._wide = np.array([_is_wide(dataset[i]) for i in range(len(dataset))])
+        self._wide = [aspect_ratio_grouping and _is_wide(dataset[i]) for i in range(len(dataset))]
         self._num_workers = num_workers
         self._options = options
 
@@ -138,12 +129,10 @@ class ResumableLoader:
         # This is a generator, so workers start when the first batch is requested: only then is its number known.
         with preserved_random_state():  # PyTorch draws a seed for its workers
             seed_everything(self._seed)
-            sampler = ResumableSampler(self._build_sampler(), self._wide, self._batch_size, first=self.first)
-            images = ToIterableDataset(
-                _SeededImages(self._dataset, self._mapper, self._seed), sampler, shard_sampler=False
-            )
+            sampler = _ResumableSampler(self._build_sampler(), self._wide, self._batch_size, self.first)
+            images = _SeededImages(self._dataset, self._mapper, self._seed)
             loader = build_detection_train_loader(
-                images,
+                ToIterableDataset(images, sampler, shard_sampler=False),
                 mapper=None,
                 total_batch_size=self._batch_size * comm.get_world_size(),
                 aspect_ratio_grouping=False,  # the sampler has grouped them
@@ -160,25 +149,16 @@ class ResumableLoader:
             yield batch
 
 
-class ResumableSampler(Sampler):
+class _ResumableSampler(Sampler):
     """
-    A sampler's order from one batch on, grouped by aspect ratio: every ``batch_size`` items in a row are a batch. In a
-    worker of a ``DataLoader``, the items of the batches that this worker loads.
-
-    Yields:
-        (place, index): an image's place in the order of all processes, and its index in the data set.
+    A sampler's order from the batch ``first`` on, grouped by aspect ratio: every ``batch_size`` items in a row are a
+    batch. In a worker of a ``DataLoader``, the items of the batches that this worker loads. Yields (place, index): an
+    image's place in the order of all processes, and its index in the data set.
     """
 
-    def __init__(self, sampler: Sampler, wide: np.ndarray, batch_size: int, *, first: int = 0):
-        """
-        Args:
-            sampler: an endless one of this process' indices, such as Detectron2's for training.
-            wide: (images,) bool, the group of each image.
-            batch_size: images in a batch of this process.
-            first: number of the first batch.
-        """
+    def __init__(self, sampler: Sampler, wide: list[bool], batch_size: int, first: int):
         self._sampler = sampler
-        self._wide = wide.tolist()
+        self._wide = wide
         self._batch_size = batch_size
         self._first = first
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
@@ -235,20 +215,17 @@ def _outlive_signals(worker_id: int) -> None:
     A cluster's SIGTERM goes to all processes of a run, a terminal's SIGINT too; but the step that the trainer finishes
     may still wait for an image. So a worker ends when the trainer's process sends SIGTERM, and at no other's request.
     """
+    trainer = os.getppid()
+
+    def end_with_trainer():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            pass
+        os._exit(0)  # as PyTorch's own handler
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # it tells who sent the signal; macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(trainer: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        pass
-    os._exit(0)  # as PyTorch's own handler
-
-
-def _unmapped(record: dict) -> dict:
-    return record
+        threading.Thread(target=end_with_trainer, daemon=True).start()
 
 
 def _is_wide(record: dict) -> bool:

@@ -31,22 +31,17 @@ def sole_run(output_dir: str):
     Raises:
         UserError: another run is in there (names its host and process), or the folder cannot be written to.
     """
-    file = None
-    problem = ""
-    if comm.is_main_process() and fcntl is not None and output_dir and "://" not in output_dir:
-        try:
-            os.makedirs(output_dir, exist_ok=True)
-            file = open(os.path.join(output_dir, LOCK_FILE), "a+")
-            problem = _lock(file)
-        except OSError as e:
-            problem = one_line(e)
-    try:
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if comm.is_main_process() and fcntl is not None and output_dir and "://" not in output_dir:
+            try:
+                os.makedirs(output_dir, exist_ok=True)
+                problem = _lock(stack.enter_context(open(os.path.join(output_dir, LOCK_FILE), "a+")))
+            except OSError as e:
+                problem = one_line(e)
         if problem := comm.all_gather(problem)[0]:
             raise UserError(f"OUTPUT_DIR {output_dir}: {problem}")
         yield
-    finally:
-        if file is not None:
-            file.close()
 
 
 def _lock(file) -> str:
@@ -59,8 +54,8 @@ def _lock(file) -> str:
         return f"another run is in there, {file.read().strip()}. Wait for its end, or choose another OUTPUT_DIR."
     except OSError as e:
         logger.warning(f"{one_line(e)}: the file system of OUTPUT_DIR has no locks; let no second run use the folder.")
-        return ""
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    else:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     return ""

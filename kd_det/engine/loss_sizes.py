@@ -1,5 +1,6 @@
 """How large the distillation losses and their gradients are beside the student's own; weights to balance them."""
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,9 +38,8 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     """
     Measure every loss of a Distiller and its gradient over some batches. Nothing is trained.
 
-    Gradients are compared at the student's own parameters that the task losses reach: what a loss demands of its
-    connectors, or of layers that only it reaches, does not compete with the task. Schedules are measured as they stand
-    at the current iteration.
+    Gradients are compared at the student's own parameters that the task losses reach: elsewhere a loss does not compete
+    with the task. Schedules are measured as they stand at the current iteration.
 
     Args:
         model: in training mode, inside an ``EventStorage``.
@@ -54,8 +54,7 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     if not model.losses:
         raise ValueError("The model has no distillation losses to measure: KD.LOSSES is empty, or all weights are 0.")
     parameters = [p for p in model.student.parameters() if p.requires_grad]
-    sums: dict[str, list[float]] = {}
-    count = 0
+    found: dict[str, list[list[float]]] = {}
     for batched_inputs in batches:
         losses = model(batched_inputs)
         terms = {name: losses.pop(loss.key) for name, loss in model.losses.items()}
@@ -63,12 +62,10 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
         reached = _gradients(terms["task"], parameters).keys()
         for name, term in terms.items():
             gradients = _gradients(term, reached)
-            value, norm = term.item(), get_total_norm(gradients.values()).item()
-            sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), (value, norm))]
-        count += 1
-    if not count:
+            found.setdefault(name, []).append([term.item(), get_total_norm(gradients.values()).item()])
+    if not found:
         raise ValueError("There is no batch to measure losses on.")
-    means = {name: [total / count for total in totals] for name, totals in sums.items()}
+    means = {name: list(map(statistics.fmean, zip(*values))) for name, values in found.items()}
     task = LossSize("task", 1.0, *means["task"], None)
     ret = [task]
     for name, loss in model.losses.items():

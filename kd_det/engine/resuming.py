@@ -5,7 +5,9 @@ import logging
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["RESUME_SOLVER", "check_optimizer_state", "options_of", "settle_options"]
+from kd_det.errors import first_few
+
+__all__ = ["RESUME_SOLVER", "check_optimizer_state", "load_optimizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,65 +25,38 @@ _KEYS = {
 
 def check_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict) -> None:
     """
-    Args:
-        model: has the optimizer's parameters.
-        optimizer: not loaded yet.
-        saved: its ``state_dict()`` of the checkpoint.
-
     Raises:
-        ValueError: it is of other parameters; names those whose shapes changed.
+        ValueError: a saved state of other parameters than the optimizer's; names those whose shapes changed.
     """
-    names = {parameter: name.removeprefix("module.") for name, parameter in model.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    problem = ""
-    if len(parameters) != len(numbers):
-        problem = f"it trained {len(numbers)} parameters, and this run has {len(parameters)}"
-    elif sizes != [len(group["params"]) for group in saved["param_groups"]]:
-        problem = "its parameters are grouped otherwise (by SOLVER.WEIGHT_DECAY and the other keys a layer's kind)"
-    else:
-        changed = [
-            f"{names.get(parameter, 'a parameter')} was {tuple(value.shape)}, is {tuple(parameter.shape)}"
-            for parameter, number in zip(parameters, numbers, strict=True)
-            for value in saved["state"].get(number, {}).values()
-            if getattr(value, "ndim", 0) and value.shape != parameter.shape
-        ]
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        problem = ", ".join(dict.fromkeys(changed[:5])) + more
-    if problem:
+    if problem := _misfit(model, optimizer, saved):
         raise ValueError(
             f"The checkpoint is of a run with other losses or another model: {problem}. To start from its weights, set "
             f"MODEL.WEIGHTS to it, without --resume."
         )
 
 
-def options_of(optimizer: Optimizer) -> list[dict]:
-    """The options of an optimizer's groups: learning rate, weight decay and so on."""
-    return [{key: value for key, value in group.items() if key in _KEYS} for group in optimizer.param_groups]
-
-
-def settle_options(optimizer: Optimizer, scheduler, configured: list[dict], *, apply: bool) -> None:
+def load_optimizer(scheduler, trainer, saved: dict, *, apply: bool) -> None:
     """
-    After a checkpoint was loaded: warn of options that the config has changed, or apply them.
+    Load the state of the trainer that holds the optimizer; options that the config has changed since are warned of, or
+    applied.
 
     Args:
-        optimizer, scheduler: loaded.
-        configured: :func:`options_of` the optimizer before that.
-        apply: the config's values replace the checkpoint's.
+        scheduler: of the optimizer; is loaded already.
+        trainer, saved: a ``SimpleTrainer`` and its ``state_dict()``.
+        apply: the config's options replace the checkpoint's.
     """
+    optimizer: Optimizer = trainer.optimizer
+    configured = [{key: group[key] for key in _KEYS if key in group} for group in optimizer.param_groups]
+    trainer.load_state_dict(saved)
     changed = {}
     for group, options in zip(optimizer.param_groups, configured, strict=True):
-        for key, value in options.items():
-            if group.get(key, value) != value:
-                changed[_KEYS[key], group[key], value] = None
-    if not changed:
-        return
-    if apply:
-        for group, options in zip(optimizer.param_groups, configured, strict=True):
+        changes = {key: value for key, value in options.items() if group.get(key, value) != value}
+        changed.update({(_KEYS[key], group[key], value): None for key, value in changes.items()})
+        if apply:
             if group.get("initial_lr"):  # at the schedule's factor of this iteration
                 group["lr"] *= options["initial_lr"] / group["initial_lr"]
-            group.update(options)
+            group.update(changes)
+    if changed and apply:
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     for key, old, new in changed:
         if apply:
@@ -91,3 +66,22 @@ def settle_options(optimizer: Optimizer, scheduler, configured: list[dict], *, a
                 f"The checkpoint's {key} {old} stays, the config's {new} is not used. To resume with the config's "
                 f'solver, set KD.RESUME_SOLVER "config".'
             )
+
+
+def _misfit(model: nn.Module, optimizer: Optimizer, saved: dict) -> str:
+    """In what the parameters of an optimizer differ from those of a state; empty: in nothing."""
+    names = {parameter: name.removeprefix("module.") for name, parameter in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(parameters) != len(numbers):
+        return f"it trained {len(numbers)} parameters, and this run has {len(parameters)}"
+    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (optimizer.state_dict(), saved)]
+    if sizes[0] != sizes[1]:
+        return "its parameters are grouped otherwise (by SOLVER.WEIGHT_DECAY and the other keys a layer's kind)"
+    changed = [
+        f"{names.get(parameter, 'a parameter')} was {tuple(value.shape)}, is {tuple(parameter.shape)}"
+        for parameter, number in zip(parameters, numbers, strict=True)
+        for value in saved["state"].get(number, {}).values()
+        if getattr(value, "ndim", 0) and value.shape != parameter.shape
+    ]
+    return first_few(list(dict.fromkeys(changed)))

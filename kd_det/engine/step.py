@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from kd_det.engine.resuming import check_optimizer_state
 from kd_det.engine.stopping import StopSignals, any_rank
-from kd_det.errors import one_line, unknown_name
+from kd_det.errors import first_few, one_line, unknown_name
 
 __all__ = ["NON_FINITE", "PRECISIONS", "TrainStep"]
 
@@ -30,6 +30,8 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # After so many skipped steps in a row, the cause is not the images but the weights.
 MOST_SKIPPED_IN_A_ROW = 100
+
+_OTHER_RANK = "a loss of another process is not finite."
 
 
 class TrainStep(SimpleTrainer):
@@ -55,15 +57,10 @@ class TrainStep(SimpleTrainer):
     ):
         """
         Args:
-            model, data_loader, optimizer: as of ``SimpleTrainer``.
-            precision: of the forward under autocast, ``float16`` (with scaled gradients) or ``bfloat16``; None: all in
-                float32. The CPU takes ``bfloat16`` for either.
-            non_finite: "stop" or "skip".
-            dump_dir: where batches with non-finite losses are written.
+            precision: of autocast, ``float16`` (with scaled gradients) or ``bfloat16``; None: float32. The CPU takes
+                ``bfloat16`` for either.
+            non_finite: "stop" or "skip"; a ``ValueError`` for another.
             signals: requests to stop, which the ranks exchange with their losses.
-
-        Raises:
-            ValueError: another value of ``non_finite``.
         """
         if non_finite not in NON_FINITE:
             raise ValueError(unknown_name("KD.NON_FINITE", non_finite, NON_FINITE))
@@ -73,15 +70,14 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(self._device.type) if self._precision is torch.float16 else None
         self._skips = non_finite == "skip"
         self._dump_dir = dump_dir
-        self._signals = signals if signals is not None else StopSignals()
+        self._signals = signals or StopSignals()
         self.non_finite_steps = 0
         self._skipped_in_a_row = 0
 
     def run_step(self):
         """
         Raises:
-            FloatingPointError: a loss or a gradient is not finite (the step is not to be skipped, or too many were);
-                names it, the step, the images and the dump.
+            FloatingPointError: a loss or a gradient is not finite; names it, the step, the images and the dump.
         """
         if not self.model.training:
             raise RuntimeError("the model was changed to eval mode")
@@ -93,11 +89,9 @@ class TrainStep(SimpleTrainer):
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self._skips else []
         try:
             losses = self._forward(batch)
-        except FloatingPointError as e:  # a proposal generator's
-            self._give_up(f"{one_line(e)} {self._dump(batch, {})}", buffers)
-            return
-        except _OtherRankFailed:
-            self._give_up("a loss of another process is not finite.", buffers)
+        except FloatingPointError as e:  # a proposal generator's, of this rank or of another one
+            problem = one_line(e)
+            self._give_up(problem if problem == _OTHER_RANK else f"{problem} {self._dump(batch, {})}", buffers)
             return
         total = sum(losses.values())
         self.optimizer.zero_grad()
@@ -116,11 +110,8 @@ class TrainStep(SimpleTrainer):
             self.grad_scaler.update()
 
     def state_dict(self):
-        ret = super().state_dict()
-        if self.grad_scaler is not None:
-            ret["grad_scaler"] = self.grad_scaler.state_dict()
-        ret["non_finite_steps"] = self.non_finite_steps
-        return ret
+        scaler = {} if self.grad_scaler is None else {"grad_scaler": self.grad_scaler.state_dict()}
+        return {**super().state_dict(), **scaler, "non_finite_steps": self.non_finite_steps}
 
     def load_state_dict(self, state_dict):
         check_optimizer_state(self.model, self.optimizer, state_dict["optimizer"])
@@ -130,9 +121,8 @@ class TrainStep(SimpleTrainer):
         self.non_finite_steps = state_dict.get("non_finite_steps", 0)
 
     def _forward(self, batch) -> dict[str, Tensor]:
-        autocast = contextlib.nullcontext()
-        if self._precision is not None:
-            autocast = torch.autocast(self._device.type, dtype=self._precision)
+        device, precision = self._device.type, self._precision
+        autocast = contextlib.nullcontext() if precision is None else torch.autocast(device, dtype=precision)
         with self._watching_other_ranks(), autocast:
             losses = self.model(batch)
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
@@ -140,28 +130,24 @@ class TrainStep(SimpleTrainer):
     @contextlib.contextmanager
     def _watching_other_ranks(self):
         """
-        A rank whose forward raised ``FloatingPointError`` never comes to what the ranks do together afterwards: in the
-        distillation losses and in backward. Where such a step is skipped, the ranks tell each other how the student's
-        forward went, and all give it up.
+        A rank whose forward raised ``FloatingPointError`` never comes to the collectives of the distillation losses and
+        of backward. Where such a step is skipped, all ranks exchange how the student's forward went, and give it up.
         """
         if not self._skips or comm.get_world_size() == 1:
             yield
             return
-        told = []
 
-        def tell(failed: bool):
-            told.append(failed)
-            if any_rank(failed) and not failed:
-                raise _OtherRankFailed
+        def exchange(*_):
+            if any_rank(False):
+                raise FloatingPointError(_OTHER_RANK)
 
         model = getattr(self.model, "module", self.model)
-        handle = getattr(model, "student", model).register_forward_hook(lambda *_: tell(False))
+        handle = getattr(model, "student", model).register_forward_hook(exchange)
         try:
             yield
         except FloatingPointError as e:
-            if told:  # the other ranks are past the point at which they would hear of it
-                raise RuntimeError(f"{one_line(e)} It was raised behind the student's forward.") from e
-            tell(True)
+            if str(e) != _OTHER_RANK:
+                any_rank(True)
             raise
         finally:
             handle.remove()
@@ -191,17 +177,15 @@ class TrainStep(SimpleTrainer):
 
     def _problem(self, losses: dict[str, Tensor], ranks: list[list[float]], batch) -> str | None:
         """What is not finite in this step; None if all is well."""
-        own = dict(zip(losses, ranks[comm.get_rank()], strict=False))
-        values_of_all = [value for row in ranks for value in row[: len(losses)]]
-        if bad := [f"{name} is {value}" for name, value in own.items() if not math.isfinite(value)]:
+        own = zip(losses, ranks[comm.get_rank()], strict=False)
+        if bad := [f"{name} is {value}" for name, value in own if not math.isfinite(value)]:
             what = f"the losses are not finite: {', '.join(bad)}."
-        elif not all(map(math.isfinite, values_of_all)):
-            return "a loss of another process is not finite."
+        elif not all(math.isfinite(value) for row in ranks for value in row[: len(losses)]):
+            return _OTHER_RANK
         elif not all(math.isfinite(row[len(losses)]) for row in ranks):
             gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
             bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            what = f"the losses are finite, the gradients of {', '.join(bad[:5])}{more} are not."
+            what = f"the losses are finite, the gradients of {first_few(bad)} are not."
         else:
             return None
         return f"{what} {self._dump(batch, losses)}"
@@ -210,12 +194,9 @@ class TrainStep(SimpleTrainer):
         """What ``SimpleTrainer.write_metrics`` logs, without its collectives of pickles and a read for each loss."""
         if not comm.is_main_process():
             return
-        storage = get_event_storage()
-        storage.put_scalar("data_time", max(row[-2] for row in ranks))
         means = {name: sum(row[i] for row in ranks) / len(ranks) for i, name in enumerate(names)}
-        storage.put_scalar("total_loss", sum(means.values()))
-        if len(means) > 1:
-            storage.put_scalars(**means)
+        scalars = {"data_time": max(row[-2] for row in ranks), "total_loss": sum(means.values())}
+        get_event_storage().put_scalars(**scalars, **(means if len(means) > 1 else {}))
 
     def _give_up(self, problem: str, buffers: list[tuple[Tensor, Tensor]]):
         problem = f"iteration {self.iter}: {problem}"
@@ -241,10 +222,6 @@ class TrainStep(SimpleTrainer):
         with PathManager.open(path, "wb") as file:
             torch.save({"iteration": self.iter, "losses": values, "batch": [_plain(image) for image in batch]}, file)
         return f"Images: {files}. The batch is in {path}."
-
-
-class _OtherRankFailed(Exception):
-    """The forward was given up because that of another process failed."""
 
 
 def _plain(image: dict) -> dict:

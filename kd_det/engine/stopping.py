@@ -24,10 +24,9 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process; all processes must call it."""
     if comm.get_world_size() == 1:
         return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flags = torch.tensor([int(flag)], device=device)
+    flags = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+    return bool(flags)
 
 
 @contextlib.contextmanager
@@ -83,13 +82,8 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
     training by ``SystemExit(RESUMABLE)``.
     """
 
-    def __init__(self, checkpointer, period: int, signals: StopSignals, *, eval_period: int = 0):
-        """
-        Args:
-            checkpointer, period: as of ``PeriodicCheckpointer``.
-            signals: of the trainer.
-            eval_period: after so many steps a hook behind this one evaluates, 0 for never.
-        """
+    def __init__(self, checkpointer, period: int, eval_period: int, signals: StopSignals):
+        """``eval_period``: after so many steps a hook behind this one evaluates, 0 for never."""
         super().__init__(checkpointer, period)
         self._signals = signals
         self._eval_period = eval_period
@@ -100,32 +94,32 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         self._signals.agreed = None
 
     def after_step(self):
-        iteration = self.trainer.iter
+        number = self.trainer.iter + 1
         stop = self._signals.agreed
         if stop is None:
             stop = any_rank(bool(self._signals.requested))
-        last = iteration + 1 >= self.max_iter
-        on_time = last or (iteration + 1) % self.period == 0
-        evaluates = self._eval_period > 0 and (iteration + 1) % self._eval_period == 0
+        last = number >= self.max_iter
+        on_time = last or number % self.period == 0
+        evaluates = self._eval_period > 0 and number % self._eval_period == 0
         if on_time or stop or evaluates:
             self.trainer.gather_random_states()
         super().after_step()
         if stop and not on_time:
-            self._save(iteration)
+            self._save()
         if on_time or stop:
             # No rank ends before rank 0 has saved, and another one may have been asked to stop meanwhile.
             stop = any_rank(bool(self._signals.requested))
         if stop and not last:
             reason = self._signals.requested or "another process"
-            logger.warning(f"Stopped by {reason} after iteration {iteration}; all is saved, continue with --resume.")
+            logger.warning(f"Stopped by {reason} after iteration {number - 1}; all is saved, continue with --resume.")
             raise SystemExit(RESUMABLE)
         self._can_save = evaluates and not on_time
         self._signals.between_steps = on_time or evaluates
 
     def after_train(self):
         if self._can_save:
-            self._save(self.trainer.iter)
+            self._save()
         super().after_train()
 
-    def _save(self, iteration: int):
-        self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
+    def _save(self):
+        self.save(f"{self.file_prefix}_{self.trainer.iter:07d}", iteration=self.trainer.iter)

@@ -15,7 +15,7 @@ from torch import nn
 from kd_det.data import DatasetError, evaluator_type
 from kd_det.engine.evaluation import COCOEvaluator, test_with_augmentation
 from kd_det.engine.loader import build_train_loader
-from kd_det.engine.resuming import RESUME_SOLVER, options_of, settle_options
+from kd_det.engine.resuming import RESUME_SOLVER, load_optimizer
 from kd_det.engine.step import PRECISIONS, TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
 from kd_det.errors import UserError, one_line, unknown_name
@@ -98,13 +98,8 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         ret = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
         before_evaluation = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
-        checkpoints = CheckpointHook(
-            self.checkpointer,
-            self.cfg.SOLVER.CHECKPOINT_PERIOD,
-            self._signals,
-            eval_period=self.cfg.TEST.EVAL_PERIOD,
-        )
-        ret.insert(before_evaluation, checkpoints)
+        periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
+        ret.insert(before_evaluation, CheckpointHook(self.checkpointer, *periods, self._signals))
         # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
         loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
         self._loaders = [loader for loader in (self.data_loader, *loaders) if hasattr(loader, "start_at")]
@@ -113,12 +108,7 @@ class Trainer(DefaultTrainer):
         return ret
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """
-        As ``DefaultTrainer.resume_or_load``.
-
-        Raises:
-            FileNotFoundError, ValueError: the checkpoint is missing, damaged, or of another model.
-        """
+        """As Detectron2's; ``ValueError`` or ``OSError`` for a checkpoint that is missing, damaged, or does not fit."""
         super().resume_or_load(resume)
         if not self.start_iter:
             return
@@ -130,12 +120,7 @@ class Trainer(DefaultTrainer):
             loader.start_at(start)
 
     def train(self):
-        """
-        As ``DefaultTrainer.train``.
-
-        Raises:
-            SystemExit: with status 75, after SIGTERM or SIGINT: the step was finished, and all is saved to resume.
-        """
+        """As ``DefaultTrainer.train``. After SIGTERM or SIGINT it saves all and raises ``SystemExit(RESUMABLE)``."""
         log = logging.getLogger("detectron2.engine.train_loop")
         log.addFilter(_without_traceback)
         try:
@@ -151,7 +136,7 @@ class Trainer(DefaultTrainer):
             set_random_state(states[comm.get_rank()])
 
     def gather_random_states(self) -> None:
-        """Send the random states of all processes to the one that saves. All processes must call it."""
+        """Send the random states of all processes, which all must call this, to the one that saves."""
         self._random_states = {"iteration": self.iter, "states": comm.gather(get_random_state())}
 
     def state_dict(self) -> dict:
@@ -171,14 +156,10 @@ class Trainer(DefaultTrainer):
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state: momentum starts anew.")
         else:
-            configured = options_of(self.optimizer)
-            self._trainer.load_state_dict(state_dict["_trainer"])
             apply = self.cfg.get("KD", {}).get("RESUME_SOLVER", "checkpoint") == "config"
-            settle_options(self.optimizer, self.scheduler, configured, apply=apply)
+            load_optimizer(self.scheduler, self._trainer, state_dict["_trainer"], apply=apply)
         self._random_states = state_dict.get("random_states", {})
-        self._load_order_of_data(state_dict.get("data_loader"))
-
-    def _load_order_of_data(self, saved: dict | None) -> None:
+        saved = state_dict.get("data_loader")
         if saved is None or not self._loaders:
             return
         for loader in self._loaders:
@@ -195,12 +176,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """
-        The evaluator of the data set's ``evaluator_type``; ``output_folder``: default ``OUTPUT_DIR/inference``.
-
-        Raises:
-            ValueError: no evaluator of that type.
-        """
+        """The evaluator of the data set's ``evaluator_type``; ``output_folder``: default ``OUTPUT_DIR/inference``."""
         kind = evaluator_type(dataset_name)
         if kind not in EVALUATORS:
             raise ValueError(f"data set {dataset_name!r}: {unknown_name('evaluator_type', kind, EVALUATORS)}")
@@ -219,11 +195,7 @@ def evaluate(cfg: CfgNode, trainer_class=Trainer, *, resume: bool = False):
 
     Args:
         cfg: a distillation config or a plain one.
-        trainer_class: has ``build_model`` and ``test``.
         resume: evaluate the latest checkpoint of ``OUTPUT_DIR`` instead of ``MODEL.WEIGHTS``.
-
-    Returns:
-        Results as ``DefaultTrainer.test`` gives them.
 
     Raises:
         FileNotFoundError, ValueError: weights that do not exist or do not fit.

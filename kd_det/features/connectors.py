@@ -41,35 +41,26 @@ def build_connector(
     norm_key: str = "CONNECTOR_NORM",
 ) -> nn.Module:
     """
-    A convolution, initialised as Detectron2's (normal, variance 2 / (Ct k^2)), which is what OFD's code does too.
+    A convolution from (N, Cs, H, W) to (N, Ct, H, W), initialised as Detectron2's (normal, variance 2 / (Ct k^2)),
+    which is what OFD's code does too.
 
     Args:
-        student_channels, teacher_channels: Cs and Ct.
         norm: a norm of Detectron2 behind it ("BN", "SyncBN", "GN", ...); then the convolution has no bias. "": none.
-        kernel_size: odd; the map keeps its size.
+        kernel_size: odd.
         norm_key: the config key of ``norm``, for messages.
-
-    Returns:
-        A module from (N, Cs, H, W) to (N, Ct, H, W).
 
     Raises:
         ValueError: an unknown norm, or one that the channels do not fit (GN has 32 groups).
     """
     try:
-        connector = _Connector(
-            student_channels,
-            teacher_channels,
-            kernel_size=kernel_size,
-            padding=kernel_size // 2,
-            bias=norm == "",
-            norm=get_norm(norm, teacher_channels),
-            norm_key=norm_key,
-        )
+        norm_layer = get_norm(norm, teacher_channels)
     except KeyError:
         raise ValueError(
             f"Unknown norm of a connector {norm!r}; Detectron2's are BN, SyncBN, FrozenBN, GN, naiveSyncBN and LN, "
             f"and '' is none."
         ) from None
+    options = {"kernel_size": kernel_size, "padding": kernel_size // 2, "bias": norm == "", "norm": norm_layer}
+    connector = _Connector(student_channels, teacher_channels, **options, norm_key=norm_key)
     c2_msra_fill(connector)
     return connector
 

@@ -4,28 +4,25 @@ What a loss may know of a training step besides the maps, and which positions of
 Shapes: N images; R sampled regions of all images together.
 """
 
-from typing import Dict, List, Optional, Tuple, Union
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
-from detectron2.structures import Boxes, Instances
-from torch import Tensor
+import torch.nn.functional as F
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
 
 from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions, to_device
 
-__all__ = ["StepContext", "to_device", "valid_mask", "valid_sizes"]
+__all__ = ["StepContext", "normalised_images", "to_device", "valid_mask", "valid_sizes"]
 
 
 def valid_sizes(
     image_sizes: List[Tuple[int, int]], canvas: Tuple[int, int], size: Tuple[int, int]
 ) -> List[Tuple[int, int]]:
     """
-    How many rows and columns of a feature map hold image, for each image, when images are padded at the right and
-    bottom: a position does where any pixel of its cell lies inside the image.
-
-    Args:
-        image_sizes: each image's height and width in pixels.
-        canvas: the padded batch's height and width in pixels.
-        size: the map's height and width.
+    How many rows and columns of a feature map of this size hold image, for each image, when images are padded at the
+    right and bottom to the canvas (heights and widths in pixels): where any pixel of a cell lies inside the image.
     """
     # ceil(image * map / canvas), in integers
     return [tuple(-(-side * m // c) for side, m, c in zip(image, size, canvas)) for image in image_sizes]
@@ -35,14 +32,8 @@ def valid_mask(
     image_sizes: Union[Tensor, List[Tuple[int, int]]], canvas: Tuple[int, int], size: Tuple[int, int]
 ) -> Tensor:
     """
-    Which positions of a feature map hold image, see :func:`valid_sizes`.
-
-    Args:
-        image_sizes: (N, 2), each image's height and width in pixels; a tensor on the device of the map, or numbers.
-        canvas, size: of the padded batch and of the map.
-
-    Returns:
-        bool, (N, 1, H, W).
+    Which positions of a feature map hold image, bool (N, 1, H, W), see :func:`valid_sizes`. Image sizes are numbers, or
+    a tensor (N, 2) on the device of the map.
     """
     image_sizes = image_sizes if isinstance(image_sizes, Tensor) else torch.tensor(image_sizes)
     rows, columns = (
@@ -55,50 +46,39 @@ def valid_mask(
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
+def normalised_images(model: nn.Module, batched_inputs: List[Dict]) -> ImageList:
+    """
+    The images as a model with ``pixel_mean``, ``pixel_std`` and a ``backbone`` reads them: normalised, padded and
+    batched, with gradients to them (v0.6's ``ImageList.from_tensors`` has none).
+    """
+    mean, std, multiple = model.pixel_mean, model.pixel_std, max(model.backbone.size_divisibility, 1)
+    images = [(x["image"].to(mean.device) - mean) / std for x in batched_inputs]
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes))
+    padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes)]
+    return ImageList(torch.stack(padded), sizes)
+
+
+@dataclass(eq=False)
 class StepContext:
     """
     What a loss may know of a training step besides the maps: image sizes, valid positions, ground truth, and the
     regions that both networks share. One object a step, shared by all losses.
-
-    Attributes:
-        image_sizes: each image's height and width.
-        canvas: height and width of the padded batch.
-        batched_inputs: the student's inputs.
-        task_losses: the student's own losses, with their graph.
-        teacher: the :class:`kd_det.teachers.Teacher`.
     """
 
-    def __init__(
-        self,
-        image_sizes: List[Tuple[int, int]],
-        canvas: Tuple[int, int],
-        *,
-        batched_inputs: Optional[List[Dict]] = None,
-        task_losses: Optional[Dict[str, Tensor]] = None,
-        teacher=None,
-        teacher_outputs: Optional[Dict[str, Tensor]] = None,
-        student_head: Optional[RegionHead] = None,
-        sampled: Optional[List[SampledRegions]] = None,
-    ):
-        """
-        Args:
-            image_sizes, canvas, batched_inputs, task_losses, teacher: see the attributes.
-            teacher_outputs: the outputs of the teacher's backbone.
-            student_head: the student's box branch.
-            sampled: the student's sampled regions, one entry a stage, see :meth:`RegionTaps.pop`.
-        """
-        self.image_sizes = image_sizes
-        self.canvas = canvas
-        self.batched_inputs = batched_inputs
-        self.task_losses = task_losses
-        self.teacher = teacher
-        self._teacher_outputs = teacher_outputs
-        self._student_head = student_head
-        self._sampled = sampled
-        self._sizes: Dict[torch.device, Tensor] = {}
-        self._masks: Dict[Tuple, Optional[Tensor]] = {}
-        self._pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = None
-        self._targets: Dict[int, RegionTargets] = {}
+    image_sizes: List[Tuple[int, int]]  # each image's height and width
+    canvas: Tuple[int, int]  # height and width of the padded batch
+    _: KW_ONLY
+    batched_inputs: Optional[List[Dict]] = None  # the student's
+    task_losses: Optional[Dict[str, Tensor]] = None  # the student's own losses, with their graph
+    teacher: Any = None  # the kd_det.teachers.Teacher
+    teacher_outputs: Optional[Dict[str, Tensor]] = None  # of the teacher's backbone
+    student_head: Optional[RegionHead] = None  # the student's box branch
+    sampled: Optional[List[SampledRegions]] = None  # the student's, one entry a stage, see RegionTaps.pop
+    _sizes: Dict[torch.device, Tensor] = field(default_factory=dict, init=False)
+    _masks: Dict[Tuple, Optional[Tensor]] = field(default_factory=dict, init=False)
+    _targets: Dict[int, RegionTargets] = field(default_factory=dict, init=False)
+    _pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = field(default=None, init=False)
 
     def valid_sizes(self, features: Tensor) -> List[Tuple[int, int]]:
         """How many rows and columns of a map (..., H, W) hold image, for each image; known on the host."""
@@ -106,51 +86,40 @@ class StepContext:
 
     def valid(self, features: Tensor) -> Optional[Tensor]:
         """The mask of a map's positions that hold image, bool (N, 1, H, W), or None where all of them do."""
-        size = tuple(features.shape[-2:])
-        key = (size, features.device)
-        if key not in self._masks:
+        size, device = tuple(features.shape[-2:]), features.device
+        if (size, device) not in self._masks:
+            if device not in self._sizes:
+                self._sizes[device] = to_device(torch.tensor(self.image_sizes), device)
             whole = all(limits == size for limits in self.valid_sizes(features))
-            self._masks[key] = None if whole else valid_mask(self._sizes_on(features.device), self.canvas, size)
-        return self._masks[key]
-
-    def _sizes_on(self, device: torch.device) -> Tensor:
-        """The image sizes as a tensor (N, 2), copied once a step."""
-        if device not in self._sizes:
-            self._sizes[device] = to_device(torch.tensor(self.image_sizes), device)
-        return self._sizes[device]
-
-    @torch.no_grad()
-    def _teacher_on(self, boxes: List[Boxes], stage: int) -> RegionOutputs:
-        return self.teacher.head(self._teacher_outputs, boxes, stage)
+            self._masks[size, device] = None if whole else valid_mask(self._sizes[device], self.canvas, size)
+        return self._masks[size, device]
 
     def region_pairs(self) -> List[Tuple[RegionOutputs, RegionOutputs]]:
         """
         For each stage of the student's box head (one, unless a cascade): what the student predicts for its sampled
         regions, with its graph, and what the teacher predicts for the same regions. The teacher runs once a step.
         """
-        if self._sampled is None:
+        if self.sampled is None:
             raise RuntimeError("regions were not recorded: the loss must declare needs_regions = True")
         if self._pairs is None:
-            self._pairs = [
-                (regions.outputs, self._teacher_on(regions.boxes, stage)) for stage, regions in enumerate(self._sampled)
-            ]
+            with torch.no_grad():
+                taught = [
+                    self.teacher.head(self.teacher_outputs, regions.boxes, stage)
+                    for stage, regions in enumerate(self.sampled)
+                ]
+            self._pairs = [(regions.outputs, theirs) for regions, theirs in zip(self.sampled, taught)]
         return self._pairs
 
     def first_regions(self, stage: int, most: int) -> Tensor:
         """Which of the regions in ``region_pairs()[stage]`` are among the first ``most`` of their image: an index."""
         offset, first = 0, []
-        for boxes in self._sampled[stage].boxes:
+        for boxes in self.sampled[stage].boxes:
             first.append(torch.arange(offset, offset + min(most, len(boxes)), device=boxes.device))
             offset += len(boxes)
         return torch.cat(first)
 
     def ground_truth(self) -> List[Instances]:
-        """
-        Each image's ground truth, on the device of the batch.
-
-        Raises:
-            ValueError: the batch has none.
-        """
+        """Each image's ground truth, on the device of the batch; a ``ValueError`` if it has none."""
         if not self.batched_inputs or "instances" not in self.batched_inputs[0]:
             raise ValueError("This loss needs ground truth: the batch has no 'instances'.")
         return [x["instances"] for x in self.batched_inputs]
@@ -158,10 +127,10 @@ class StepContext:
     def region_targets(self, stage: int) -> RegionTargets:
         """The ground truth of the regions in ``region_pairs()[stage]``, as the student matched them."""
         if stage not in self._targets:
-            self._targets[stage] = self._student_head.label(self._sampled[stage], self.ground_truth(), stage)
+            self._targets[stage] = self.student_head.label(self.sampled[stage], self.ground_truth(), stage)
         return self._targets[stage]
 
     def teacher_units(self, stage: int) -> List[float]:
         """Four factors from the teacher's units of box regression (BBOX_REG_WEIGHTS) to the student's."""
-        student, teacher = self._student_head.delta_weights(stage), self.teacher.head.delta_weights(stage)
+        student, teacher = self.student_head.delta_weights(stage), self.teacher.head.delta_weights(stage)
         return [s / t for s, t in zip(student, teacher)]

@@ -28,38 +28,22 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 @dataclass
 class RegionOutputs:
-    """
-    What one head predicts for R regions.
+    """What one head predicts for R regions."""
 
-    Attributes:
-        features: pooled features, (R, C, P, P).
-        logits: class logits, (R, K + 1).
-        deltas: box regression, (R, 4) or (R, 4 K).
-    """
-
-    features: Tensor
-    logits: Tensor
-    deltas: Tensor
+    features: Tensor  # pooled, (R, C, P, P)
+    logits: Tensor  # of the classes, (R, K + 1)
+    deltas: Tensor  # box regression, (R, 4) or (R, 4 K)
 
 
 @dataclass
 class RegionTargets:
-    """
-    What the ground truth is for R regions.
+    """What the ground truth is for R regions."""
 
-    Attributes:
-        classes: (R,), the class of the matched ground truth; K (background) where there is none.
-        foreground: bool (R,).
-        boxes: (R, 4), the regions.
-        truth: (R, 4), the boxes of the matched ground truth; of background, the regions themselves.
-        transform: the head's ``Box2BoxTransform``.
-    """
-
-    classes: Tensor
-    foreground: Tensor
-    boxes: Tensor
-    truth: Tensor
-    transform: Box2BoxTransform
+    classes: Tensor  # (R,), of the matched ground truth; K (background) where there is none
+    foreground: Tensor  # bool (R,)
+    boxes: Tensor  # (R, 4), the regions
+    truth: Tensor  # (R, 4), the boxes of the matched ground truth; of background, the regions themselves
+    transform: Box2BoxTransform  # the head's
 
     @functools.cached_property
     def deltas(self) -> Tensor:
@@ -76,18 +60,11 @@ class RegionTargets:
 
 @dataclass
 class SampledRegions:
-    """
-    The regions that one stage of a student's box head was run on.
+    """The regions that one stage of a student's box head was run on."""
 
-    Attributes:
-        boxes: each image's regions.
-        outputs: what the student predicts for them.
-        proposals: each image's regions as the student labelled them (gt_classes, gt_boxes); None where its ROI heads do
-            not return them.
-    """
-
-    boxes: List[Boxes]
-    outputs: RegionOutputs
+    boxes: List[Boxes]  # each image's
+    outputs: RegionOutputs  # what the student predicts for them
+    # Each image's, as the student labelled them (gt_classes, gt_boxes); None where its ROI heads do not return them.
     proposals: Optional[List[Instances]] = None
 
 
@@ -96,12 +73,8 @@ class RegionHead:
 
     def __init__(self, roi_heads: nn.Module, *, side: str = "model"):
         """
-        Args:
-            roi_heads: a :class:`StandardROIHeads`, :class:`CascadeROIHeads` or :class:`Res5ROIHeads`, or a subclass.
-            side: what messages call the model.
-
         Raises:
-            ValueError: other ROI heads, or none.
+            ValueError: ROI heads that are no subclass of one of these; ``side`` is the model in the message.
         """
         if not isinstance(roi_heads, (StandardROIHeads, Res5ROIHeads)):
             found = "no roi_heads" if roi_heads is None else type(roi_heads).__name__
@@ -114,11 +87,10 @@ class RegionHead:
         is_c4 = isinstance(roi_heads, Res5ROIHeads)
         self.pooler: nn.Module = roi_heads.pooler if is_c4 else roi_heads.box_pooler
         self._in_features = roi_heads.in_features if is_c4 else roi_heads.box_in_features
-        if isinstance(roi_heads, CascadeROIHeads):
-            self.predictors, self._heads = list(roi_heads.box_predictor), list(roi_heads.box_head)
-        else:
-            self.predictors = [roi_heads.box_predictor]
-            self._heads = [roi_heads.res5 if is_c4 else roi_heads.box_head]
+        head = roi_heads.res5 if is_c4 else roi_heads.box_head
+        is_cascade = isinstance(roi_heads, CascadeROIHeads)
+        self.predictors = list(roi_heads.box_predictor) if is_cascade else [roi_heads.box_predictor]
+        self._heads = list(head) if is_cascade else [head]
 
     @property
     def num_stages(self) -> int:
@@ -135,13 +107,8 @@ class RegionHead:
     @torch.no_grad()
     def label(self, sampled: SampledRegions, truth: List[Instances], stage: int) -> RegionTargets:
         """
-        The ground truth of regions that this head sampled, as it labelled them itself: read from its proposals, or
-        matched again by its own matcher (later stages of a cascade, C4).
-
-        Args:
-            sampled: the regions.
-            truth: each image's ground truth.
-            stage: whose regions these are.
+        The ground truth (``truth``: each image's) of regions that a stage of this head sampled, as it labelled them
+        itself: read from its proposals, or matched again by its own matcher (later stages of a cascade, C4).
         """
         regions = torch.cat([boxes.tensor for boxes in sampled.boxes])
         if sampled.proposals is not None:
@@ -185,12 +152,8 @@ class RegionHead:
 
     def __call__(self, features: Dict[str, Tensor], boxes: List[Boxes], stage: int) -> RegionOutputs:
         """
-        Pool and classify given boxes; of a cascade with fewer stages, the last stage answers for later ones.
-
-        Args:
-            features: outputs of the backbone.
-            boxes: each image's regions, in the coordinates of the network's input.
-            stage: whose regions these are.
+        Pool and classify each image's boxes, in the coordinates of the network's input, from the outputs of the
+        backbone. Of a cascade with fewer stages, the last stage predicts for later ones.
         """
         stage = min(stage, self.num_stages - 1)
         maps = [features[name] for name in self._in_features]
@@ -203,10 +166,7 @@ class RegionHead:
 
 
 def _pool(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
-    """
-    What the pooler computes, (R, C, P, P), for which the host waits for the device once, to read how many regions each
-    level has; ``ROIPooler`` itself waits at every level, and to copy numbers of the host.
-    """
+    """What the pooler computes, (R, C, P, P); the host waits for the device once, ``ROIPooler`` at every level."""
     regions = torch.cat([F.pad(b.tensor, (1, 0), value=image) for image, b in enumerate(boxes)])
     if len(maps) == 1:
         return pooler.level_poolers[0](maps[0], regions)
@@ -228,8 +188,7 @@ class RegionTaps:
         self._clear()
 
     def _clear(self):
-        self._boxes: List[List[Boxes]] = []
-        self._features: List[Tensor] = []
+        self._pooled: List[Tuple[List[Boxes], Tensor]] = []
         self._predictions: List[Tuple[Tensor, Tensor]] = []
         self._proposals: Optional[List[Instances]] = None
 
@@ -238,22 +197,15 @@ class RegionTaps:
         """A context in which regions are recorded; after an exception, nothing is."""
         self._clear()
 
-        def read_pooler(module, args, output):
-            self._boxes.append(args[1])
-            self._features.append(output)
-
-        def read_predictor(module, args, output):
-            self._predictions.append(output)
-
         def read_proposals(module, args, output):
-            proposals = output[0]
-            if proposals and all(p.has("gt_classes") for p in proposals):
-                self._proposals = proposals
+            if output[0] and all(p.has("gt_classes") for p in output[0]):
+                self._proposals = output[0]
 
+        head = self.head
         handles = [
-            self.head.pooler.register_forward_hook(read_pooler),
-            self.head.roi_heads.register_forward_hook(read_proposals),
-            *(predictor.register_forward_hook(read_predictor) for predictor in self.head.predictors),
+            head.pooler.register_forward_hook(lambda _, args, output: self._pooled.append((args[1], output))),
+            head.roi_heads.register_forward_hook(read_proposals),
+            *(p.register_forward_hook(lambda _, args, out: self._predictions.append(out)) for p in head.predictors),
         ]
         try:
             yield self
@@ -268,7 +220,7 @@ class RegionTaps:
         """Each stage's regions. Reading empties."""
         stages = [
             SampledRegions(boxes, RegionOutputs(features, *predictions))
-            for boxes, features, predictions in zip(self._boxes, self._features, self._predictions)
+            for (boxes, features), predictions in zip(self._pooled, self._predictions)
         ]
         if stages and self._proposals and list(map(len, self._proposals)) == list(map(len, stages[0].boxes)):
             stages[0].proposals = self._proposals

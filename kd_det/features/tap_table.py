@@ -16,20 +16,11 @@ __all__ = ["TapInfo", "format_taps", "input_size", "list_taps"]
 
 @dataclass(frozen=True)
 class TapInfo:
-    """
-    Attributes:
-        name: as a config names it.
-        channels: C of the map.
-        stride: the input's height over the map's, to the nearest power of 2.
-        size: height and width of the map.
-        frozen: whether no trained parameter lies before it, so that a loss there cannot teach.
-    """
-
-    name: str
+    name: str  # as a config names it
     channels: int
-    stride: int
-    size: tuple[int, int]
-    frozen: bool
+    stride: int  # the input's height over the map's, to the nearest power of 2
+    size: tuple[int, int]  # height and width of the map
+    frozen: bool  # no trained parameter lies before it, so that a loss there cannot teach
 
 
 def list_taps(model: nn.Module, size: tuple[int, int]) -> list[TapInfo]:
@@ -54,19 +45,12 @@ def list_taps(model: nn.Module, size: tuple[int, int]) -> list[TapInfo]:
     except (NotImplementedError, RuntimeError) as e:
         raise ValueError(f"This backbone cannot be run without a device, so its taps are not listed: {e}") from e
     values = taps.pop()
-    ret = []
+    infos = []
     for name in names:
         _, channels, height, width = values[name][0].shape
-        ret.append(
-            TapInfo(
-                name=name,
-                channels=channels,
-                stride=2 ** round(math.log2(canvas[0] / height)),
-                size=(height, width),
-                frozen=not values[name][0].requires_grad,
-            )
-        )
-    return ret
+        stride = 2 ** round(math.log2(canvas[0] / height))
+        infos.append(TapInfo(name, channels, stride, (height, width), not values[name][0].requires_grad))
+    return infos
 
 
 def _with_blocks(model: nn.Module) -> list[str]:
@@ -92,8 +76,5 @@ def input_size(cfg: CfgNode) -> tuple[int, int]:
 
 
 def format_taps(taps: list[TapInfo]) -> str:
-    rows = [
-        (tap.name, tap.channels, tap.stride, "x".join(map(str, tap.size)), "frozen" if tap.frozen else "")
-        for tap in taps
-    ]
+    rows = [(t.name, t.channels, t.stride, "{}x{}".format(*t.size), "frozen" if t.frozen else "") for t in taps]
     return tabulate(rows, headers=("tap", "channels", "stride", "size", ""), tablefmt="simple")

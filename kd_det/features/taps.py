@@ -43,11 +43,9 @@ _FOREIGN_BLOCKS = {
 
 class _ReLUInput(TorchFunctionMode):
     """
-    A context that runs every ReLU of a block out of place, and keeps the input and output of the latest one.
-
-    Blocks end in an in-place ReLU, so a forward hook on any of their modules sees the value only after it was
-    overwritten. Running the ReLU out of place keeps the value with its graph for one map of memory more, and changes
-    no output bit.
+    A context that runs every ReLU of a block out of place, and keeps the input and output of the latest one. Blocks end
+    in an in-place ReLU, so a forward hook on any of their modules sees the value only after it was overwritten. This
+    keeps it with its graph for one map of memory more, and changes no output bit.
     """
 
     def __init__(self):
@@ -77,9 +75,7 @@ class _Place:
 
 class Taps:
     """
-    Records the features at named places while a model runs.
-
-    Example::
+    Records the features at named places while a model runs::
 
         taps = Taps(model, ["p3", "res4.pre_activation"])
         with taps.recording():
@@ -100,10 +96,9 @@ class Taps:
         self._places = {name: _find_place(model, name, side) for name in dict.fromkeys(names)}
         self._are_levels = set(self._places) <= set(tap_names(model))
         self._values: Dict[str, List[Tuple[Tensor, Optional[int]]]] = {}
-        self.is_recording = False
-        self._stops = False
+        self.is_recording = self._stops = False
         for name, place in self._places.items():
-            (_PreActivationHook if place.pre_activation else _OutputHook)(self, name, place)
+            _Hook(self, name, place)
 
     @property
     def names(self) -> List[str]:
@@ -117,14 +112,9 @@ class Taps:
     @contextlib.contextmanager
     def recording(self, *, stop_when_complete: bool = False):
         """
-        Record what the model computes inside this context. An exception inside leaves nothing recorded.
-
-        Args:
-            stop_when_complete: leave the forward, and the context, as soon as every place has been read once. Does so only
-                where all of them are levels: another module may run again.
-
-        Raises:
-            RuntimeError: the context is entered inside itself.
+        Record what the model computes inside this context, which cannot be nested. An exception inside leaves nothing
+        recorded. With ``stop_when_complete``, the forward and the context end as soon as every place was read once,
+        where all of them are levels: another module may run again, once a level.
         """
         if self.is_recording:
             raise RuntimeError("these taps are recording already: one forward at a time")
@@ -143,8 +133,7 @@ class Taps:
     def record(self, name: str, value: Tensor) -> None:
         """Called by the hooks: the value of a place, each time its module has run."""
         # What a compiled network returns has versions of its own.
-        version = None if torch.compiler.is_compiling() else value._version
-        self._values[name].append((value, version))
+        self._values[name].append((value, None if torch.compiler.is_compiling() else value._version))
         if self._stops and all(self._values.values()):
             raise _Complete
 
@@ -169,30 +158,25 @@ class Taps:
         return {name: [value for value, _ in maps] for name, maps in values.items()}
 
 
-class _OutputHook:
+class _Hook:
     """
-    Reads a module's output. Hooks are bound methods of an object, which a deep copy of the network copies along with
-    the taps that it belongs to, and they stay on the module: attached anew at each step, they would make a compiled
-    network compile anew.
+    Reads a module's output or the input of a residual block's last ReLU. Hooks are bound methods of an object, which a
+    deep copy of the network copies along with the taps that it belongs to, and they stay on the module: attached anew
+    at each step, they would make a compiled network compile anew.
     """
 
     def __init__(self, taps: Taps, name: str, place: _Place):
         self._taps, self._name, self._key = taps, name, place.key
-        place.module.register_forward_hook(self.read)
+        self._modes: List[_ReLUInput] = []
+        if place.pre_activation:
+            place.module.register_forward_pre_hook(self.enter)
+            place.module.register_forward_hook(self.leave, always_call=True)
+        else:
+            place.module.register_forward_hook(self.read)
 
     def read(self, module, args, output):
         if self._taps.is_recording:
             self._taps.record(self._name, output if self._key is None else output[self._key])
-
-
-class _PreActivationHook:
-    """Reads the input of the last ReLU of a residual block."""
-
-    def __init__(self, taps: Taps, name: str, place: _Place):
-        self._taps, self._name = taps, name
-        self._modes: List[_ReLUInput] = []
-        place.module.register_forward_pre_hook(self.enter)
-        place.module.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, module, args):
         if self._taps.is_recording:
@@ -234,20 +218,17 @@ def tap_names(model: nn.Module) -> List[str]:
 
 def tap_shape(model: nn.Module, name: str, *, side: str = "model") -> ShapeSpec:
     """
-    Channels of a place (and stride, for a level), without running the model.
-
-    Raises:
-        ValueError: no such place, or one whose channels no module declares.
+    Channels of a place (and stride, for a level), without running the model; a ``ValueError`` for a place that does not
+    exist or whose channels no module declares.
     """
     place = _find_place(model, name, side)
     level = name[: -len(PRE_ACTIVATION) - 1] if place.pre_activation else name
     for network in _networks(model):
-        shape = _output_shape(network).get(level)
-        if shape is not None:
-            return shape
-        channels = getattr(network, "_out_feature_channels", {}).get(level)
-        if channels is not None:
-            return ShapeSpec(channels=channels, stride=network._out_feature_strides[level])
+        shapes = _output_shape(network)
+        if level in shapes:
+            return shapes[level]
+        if level in getattr(network, "_out_feature_channels", {}):
+            return ShapeSpec(channels=network._out_feature_channels[level], stride=network._out_feature_strides[level])
     for attribute in ("out_channels", "out_features", "num_features"):
         channels = getattr(_last_block(place.module), attribute, None)
         if isinstance(channels, int):
@@ -272,7 +253,7 @@ def _networks(model: nn.Module) -> List[nn.Module]:
 
 
 def _output_shape(network: nn.Module) -> Dict[str, ShapeSpec]:
-    shape = network.output_shape() if hasattr(network, "output_shape") else {}
+    shape = getattr(network, "output_shape", dict)()
     return shape if isinstance(shape, dict) else {}
 
 
@@ -291,11 +272,9 @@ def _last_block(stage: nn.Module) -> nn.Module:
 
 
 def _ends_in_relu(block: nn.Module) -> bool:
-    if isinstance(block, _BLOCKS_ENDING_IN_RELU):
-        return True
     names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(block).__mro__)
-    activation = next((_FOREIGN_BLOCKS[name] for name in names if name in _FOREIGN_BLOCKS), None)
-    return activation is not None and isinstance(getattr(block, activation), nn.ReLU)
+    activations = [getattr(block, _FOREIGN_BLOCKS[name]) for name in names if name in _FOREIGN_BLOCKS]
+    return isinstance(block, _BLOCKS_ENDING_IN_RELU) or bool(activations) and isinstance(activations[0], nn.ReLU)
 
 
 def _find_place(model: nn.Module, name: str, side: str) -> _Place:
@@ -324,5 +303,4 @@ def _find_place(model: nn.Module, name: str, side: str) -> _Place:
     for prefix in ("", "backbone.", "backbone.bottom_up."):
         if name and prefix + name in modules:
             return _Place(modules[prefix + name])
-    levels = tap_names(model)
-    raise ValueError(unknown_name(f"tap of the {side}", name, levels) + " Dotted module names work too.")
+    raise ValueError(unknown_name(f"tap of the {side}", name, tap_names(model)) + " Dotted module names work too.")

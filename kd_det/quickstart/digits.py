@@ -99,9 +99,8 @@ def render_digit(sample, side, *, angle=0.0, shear=0.0, aspect=1.0, threshold=0.
         shear: x per y. aspect: width over height. threshold: ink above it is stroke; lower means thicker.
 
     Returns:
-        (h, w) float32 in 0..1, the part of each pixel that ink covers, cut tightly: every border row and
-        column holds a pixel covered by half or more. Pixels covered by half or more are "the digit's"
-        pixels.
+        (h, w) float32 in 0..1, the part of each pixel that ink covers, cut tightly: every border row and column holds
+        one of the digit's pixels, those covered by half or more.
     """
     # Interpolate the grey values first and find the edge after the warp: it then is sharp at every size.
     field = cv2.resize(np.pad(sample, 1), None, fx=CELL, fy=CELL, interpolation=cv2.INTER_CUBIC)
@@ -120,33 +119,20 @@ def render_digit(sample, side, *, angle=0.0, shear=0.0, aspect=1.0, threshold=0.
 
 def render_scene(split, index, *, size, seed, light=False):
     """
-    Draw picture ``index`` of a split: 1 to MAX_OBJECTS digits, ``size`` x ``size`` pixels. The first digit's
+    Draw :class:`Picture` ``index`` of a split: 1 to MAX_OBJECTS digits, ``size`` x ``size`` pixels. The first digit's
     class is index % 10, so any ten pictures in a row hold every class. With ``light``, digits are lighter than what
     they lie on, a dimmed photograph: much easier to learn from scratch than digits of either polarity.
-
-    Returns:
-        Picture
     """
-    rng = _rng(seed, 0, split, index)
+    rng = np.random.default_rng([seed, 0, SPLITS.index(split), index])
     others = rng.integers(len(DIGIT_CLASSES), size=rng.integers(MAX_OBJECTS))
     labels = [index % len(DIGIT_CLASSES), *(int(label) for label in others)]
     return _render(rng, load_sources(split), size, labels, SCENE_SIDES, light)
 
 
 def render_crop(split, index, *, size, seed, light=False):
-    """
-    Draw one digit of class index % 10 that fills most of a ``size`` x ``size`` picture, to be classified. ``light``:
-    see :func:`render_scene`.
-
-    Returns:
-        Picture
-    """
-    rng = _rng(seed, 1, split, index)
+    """Draw one digit of class index % 10 that fills most of a :class:`Picture`, as :func:`render_scene` draws it."""
+    rng = np.random.default_rng([seed, 1, SPLITS.index(split), index])
     return _render(rng, load_sources(split), size, [index % len(DIGIT_CLASSES)], CROP_SIDES, light)
-
-
-def _rng(seed, kind, split, index):
-    return np.random.default_rng([seed, kind, SPLITS.index(split), index])
 
 
 def _render(rng, sources, size, labels, sides, light):
@@ -175,15 +161,9 @@ def _render(rng, sources, size, labels, sides, light):
     # As a camera's noise: on digits and photograph alike.
     image = image + rng.normal(0, rng.uniform(0, MAX_NOISE), image.shape)
     boxes = np.array([_tight_box(mask) for mask in masks], dtype=np.int64).reshape(-1, 4)
-    return Picture(
-        image=np.clip(np.rint(image), 0, 255).astype(np.uint8),
-        labels=placed,
-        boxes=boxes,
-        visible=masks,
-        truncated=[tuple(box) != full for box, full in zip(boxes.tolist(), full_boxes)],
-        digit_ids=digit_ids,
-        photo=photo,
-    )
+    truncated = [tuple(box) != full for box, full in zip(boxes.tolist(), full_boxes)]
+    image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return Picture(image, placed, masks, boxes, truncated, digit_ids, photo)
 
 
 def _background(rng, sources, size):

@@ -72,8 +72,8 @@ def make_offline_dataset(output, options, *, overwrite=False):
             ``overwrite`` is False.
     """
     output = os.path.abspath(output)
-    if os.path.exists(output) and not _is_empty_folder(output):
-        problem = _mismatch(output, _read_manifest(output), options)
+    if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
+        problem = _mismatch(output, options)
         if not overwrite and problem is None:
             return False
         if not overwrite:
@@ -91,24 +91,17 @@ def make_offline_dataset(output, options, *, overwrite=False):
     return True
 
 
-def _is_empty_folder(path):
-    return os.path.isdir(path) and not os.listdir(path)
-
-
-def _read_manifest(output):
+def _mismatch(output, options):
+    """In what a data set differs from one of these options; None: in nothing."""
     try:
         with open(os.path.join(output, MANIFEST)) as f:
-            manifest = json.load(f)
-        if isinstance(manifest, dict) and "version" in manifest:
-            return manifest
-    except (OSError, ValueError):
-        pass
-    raise DatasetError(f"{output} exists and is not a data set made by this tool; choose another --output")
-
-
-def _mismatch(output, found, options):
-    if found["version"] != VERSION:
-        return f"made by another version of this tool ({found['version']}, this one is {VERSION})"
+            found = json.load(f)
+        version = found["version"]
+    except (OSError, ValueError, TypeError, KeyError):
+        problem = f"{output} exists and is not a data set made by this tool; choose another --output"
+        raise DatasetError(problem) from None
+    if version != VERSION:
+        return f"made by another version of this tool ({version}, this one is {VERSION})"
     wanted = asdict(options)
     different = [k for k in wanted if found["options"].get(k) != wanted[k]]
     if different:
@@ -135,8 +128,8 @@ def _write(root, options):
         _write_scenes(root, split, scenes[split], options)
         _write_crops(root, split, crops[split], options)
     files, size = _content(root)
-    manifest = {"version": VERSION, "options": asdict(options), "files": files, "bytes": size}
-    _write_json(os.path.join(root, MANIFEST), manifest)
+    with open(os.path.join(root, MANIFEST), "w") as f:
+        json.dump({"version": VERSION, "options": asdict(options), "files": files, "bytes": size}, f)
 
 
 def _write_scenes(root, split, count, options):
@@ -164,15 +157,13 @@ def _write_scenes(root, split, count, options):
             )
     with open(os.path.join(root, "ImageSets", "Main", split + ".txt"), "w") as f:
         f.writelines(f"{split}_{index:06d}\n" for index in range(count))
-    coco = {"images": images, "annotations": annotations, "categories": categories}
-    _write_json(coco_json(root, split), coco)
+    with open(coco_json(root, split), "w") as f:
+        json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
 
 
 def _write_crops(root, split, count, options):
-    if count == 0:
-        return
     folders = [os.path.join(root, "classification", split, name) for name in DIGIT_CLASSES]
-    for folder in folders:
+    for folder in folders if count else ():
         os.makedirs(folder)
     for index in range(count):
         picture = render_crop(split, index, size=options.crop_size, seed=options.seed, light=options.light)
@@ -203,8 +194,3 @@ def _write_image(path, image):
     _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     with open(path, "wb") as f:  # not imwrite, which does not report a full disk
         f.write(jpeg)
-
-
-def _write_json(path, value):
-    with open(path, "w") as f:
-        json.dump(value, f)

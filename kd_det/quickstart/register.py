@@ -13,20 +13,14 @@ SPLITS = ("train", "val")
 
 
 def coco_json(root, split):
-    """
-    The COCO annotation file of ``split`` in the data set at ``root``. The rest is laid out as VOC's
-    development kit: ``JPEGImages`` (COCO's images as well), ``Annotations``, ``ImageSets/Main``.
-    """
+    """The COCO annotation file of a split; the rest, with COCO's images, is laid out as VOC's development kit."""
     return os.path.join(root, "coco", f"instances_{split}.json")
 
 
 def register_digits(root, prefix="digits"):
     """
-    Register the data set that tools/make_offline_dataset.py writes to ``root`` as ``{prefix}_coco_train``,
-    ``{prefix}_coco_val``, ``{prefix}_voc_train`` and ``{prefix}_voc_val``: the same images and boxes in two
-    formats.
-
-    ``make_command`` in the metadata is the command that :func:`check_dataset` names where files are missing.
+    Register the data set that tools/make_offline_dataset.py writes to ``root`` as ``{prefix}_coco_{split}`` and
+    ``{prefix}_voc_{split}``. ``make_command`` is what :func:`check_dataset` names where files are missing.
     """
     make_command = f"python tools/make_offline_dataset.py --output {shlex.quote(root)}"
     for split in SPLITS:

@@ -39,13 +39,8 @@ def draw_picture(path: str, dataset: str, runs: list[Run]) -> None:
 
 def check_plain(output: str, dataset: str, run: Run) -> str:
     """
-    Load a checkpoint where kd_det is not imported, and compare detections with the Distiller's.
-
-    Args:
-        output: folder for the files that the other process reads and writes.
-
-    Raises:
-        UserError: it does not load strictly, or the detections differ.
+    Load a checkpoint where kd_det is not imported, and compare detections with the Distiller's: ``UserError`` if it
+    does not load strictly or they differ. The other process reads and writes files in ``output``.
     """
     config_file, images_file, found_file = (
         os.path.join(output, f"plain_{name}") for name in ("student.yaml", "images.txt", "detections.pth")

@@ -15,8 +15,7 @@ __all__ = ["compare"]
 
 def compare(runs: Mapping[str, Sequence[Run]]) -> str:
     """
-    Train classifiers, one after the other, in processes of their own. Runs that are complete already are read, not
-    repeated, and interrupted ones are resumed.
+    Train classifiers, one after the other, in processes of their own, see :meth:`Run.complete`.
 
     Args:
         runs: by the name of their row, the runs of each config, which differ in ``SEED``.
@@ -25,11 +24,16 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> str:
         A table: mean and standard deviation (over seeds, n - 1) of the final accuracies, and each seed's top-1.
 
     Raises:
-        UserError: a folder with a run of another config or teacher, before the first run; or a run that failed; its own
-            message is on stderr.
+        UserError: a folder with a run of another config or teacher, before the first run; or a run that failed.
     """
     for run in (run for group in runs.values() for run in group):
-        _check_folder(run)
+        # Run.complete removes an older run: only the log of one that failed may be there.
+        is_trained = os.path.isfile(os.path.join(run.output_dir, "last_checkpoint"))
+        if run.holds_other_files() or (is_trained and run.state() == "new"):
+            raise UserError(
+                f"{run.output_dir} holds a run of another config, or of a teacher that was replaced since, or other "
+                f"files. Remove it, or choose another folder: OUTPUT_DIR FOLDER behind the configs."
+            )
     rows = []
     for name, group in runs.items():
         for run in group:
@@ -45,13 +49,3 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> str:
 
 def _mean_and_spread(values: np.ndarray) -> str:
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
-
-
-def _check_folder(run: Run) -> None:
-    """Run.complete removes an older run: only the log of one that failed may be there."""
-    is_trained = os.path.isfile(os.path.join(run.output_dir, "last_checkpoint"))
-    if run.holds_other_files() or (is_trained and run.state() == "new"):
-        raise UserError(
-            f"{run.output_dir} holds a run of another config, or of a teacher that was replaced since, or other files. "
-            f"Remove it, or choose another folder: OUTPUT_DIR FOLDER behind the configs."
-        )

@@ -14,9 +14,8 @@ __all__ = ["holds_config", "used_config"]
 
 def used_config(cfg: CfgNode) -> CfgNode:
     """
-    A copy without the nodes of losses that the config does not name, of the pretraining stage unless it is one, of timm
-    unless a network comes from it, and, for a plain student, of distillation. No two keys share a list, so that its
-    dump has no anchors.
+    A copy without the nodes of losses that the config does not name, of the pretraining stage and of timm unless they
+    are used, and, for a plain student, of distillation. No two keys share a list: its dump has no anchors.
     """
     ret = cfg.clone()
     ret.defrost()

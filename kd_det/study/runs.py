@@ -1,5 +1,6 @@
 """Trainings in processes of their own: repeated only if they must be, resumed where they were interrupted."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from detectron2.config import CfgNode
 
@@ -21,26 +23,17 @@ __all__ = ["Run", "read_metrics", "run_command"]
 
 def read_metrics(output_dir: str, task: str = "bbox") -> dict[str, float]:
     """
-    The last evaluation of a run and its speed.
-
-    Args:
-        output_dir: ``OUTPUT_DIR`` of the run.
-        task: of the evaluator, e.g. "bbox" or "classification".
+    The last evaluation of a run (of the evaluator's task, e.g. "bbox" or "classification") and its speed.
 
     Returns:
         The last value of every ``<task>/...`` key (in percent), and ``time``, the median of the seconds a training
         step took (Detectron2 leaves out the first three). Empty if there is no evaluation.
     """
     path = os.path.join(output_dir, "metrics.json")
-    if not os.path.isfile(path):
-        return {}
     lines = []
-    with open(path) as f:
-        for line in f:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                pass  # the line that a kill cut off
+    for line in Path(path).read_text().splitlines() if os.path.isfile(path) else ():
+        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
+            lines.append(json.loads(line))
     ret = {key: value for line in lines for key, value in line.items() if key.startswith(f"{task}/")}
     times = [line["time"] for line in lines if "time" in line]
     if ret and times:
@@ -80,8 +73,8 @@ class Run:
 
     def state(self) -> str:
         """
-        "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config (but for losses that it
-        does not name) that was evaluated after its last step, whose checkpoint is younger than what it was made from.
+        "finished", "interrupted" (to be resumed) or "new". Finished is a run with this config, in what it uses, that
+        was evaluated after its last step, and whose checkpoint is younger than what it was made from.
         """
         if not holds_config(self.output_dir, self.cfg):
             return "new"
@@ -98,43 +91,32 @@ class Run:
 
     def complete(self, *, log: int | None = None) -> None:
         """
-        Train it, resume it, or leave it as it is, by its state, and print which. An older run in its folder
-        is removed.
-
-        Args:
-            log: where its output goes, as of ``subprocess.run``; errors are always shown.
+        Train it, resume it, or leave it as it is, by its state, and print which. An older run in its folder is removed.
+        ``log`` is where its output goes, as of ``subprocess.run``; errors are always shown.
 
         Raises:
-            UserError: the training failed; it has said why. Or the folder holds files that are no run.
+            UserError: the training failed and has printed why, or the folder holds files that are no run.
         """
-        state, arguments = self.state(), [*self.command[1:], "OUTPUT_DIR", self.output_dir]
-        command = ["-m", "kd_det", self.command[0]]
+        state = self.state()
         if state == "finished":
             print(f"{self.name}: {self.weights} is there, reused", flush=True)
-        elif state == "new":
-            if self.holds_other_files():
-                raise UserError(
-                    f"{self.name}: {self.output_dir} holds files, but no run (no config.yaml). Remove it, or choose "
-                    f"another folder."
-                )
-            shutil.rmtree(self.output_dir, ignore_errors=True)
-            run_command([*command, *arguments], log=log)
-        else:
+            return
+        resume = ["--resume"] if state == "interrupted" else []
+        if resume:
             print(f"{self.name}: interrupted in {self.output_dir}, resumed", flush=True)
-            run_command([*command, "--resume", *arguments], log=log)
+        elif self.holds_other_files():
+            raise UserError(
+                f"{self.name}: {self.output_dir} holds files, but no run (no config.yaml). Remove it, or choose "
+                f"another folder."
+            )
+        else:
+            shutil.rmtree(self.output_dir, ignore_errors=True)
+        name, *arguments = self.command
+        run_command(["-m", "kd_det", name, *resume, *arguments, "OUTPUT_DIR", self.output_dir], log=log)
 
 
 def run_command(command: list[str], *, log: int | None = None) -> None:
-    """
-    Print and run a command of Python.
-
-    Args:
-        command: what stands behind ``python``, e.g. ["-m", "kd_det", "train", "--config-file", "student.yaml"].
-        log: see :meth:`Run.complete`.
-
-    Raises:
-        UserError: it failed; it has said why.
-    """
+    """Print and run ``python *command``, its output as of :meth:`Run.complete`; ``UserError`` if it failed."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     # Ctrl-C reaches the command as well, which saves what it has: wait for that, subprocess.run would kill it.
     interrupt = signal.signal(signal.SIGINT, lambda *_: None)

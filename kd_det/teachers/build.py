@@ -1,8 +1,8 @@
 """The teacher, built from its own config, checked to the last weight, and frozen."""
 
 import logging
-import os
-from typing import List, Optional
+from pathlib import Path
+from typing import Optional
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -70,14 +70,8 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
 
 def build_teacher(cfg: CfgNode) -> nn.Module:
     """
-    Build the teacher of a student's config and load its weights.
-
-    Args:
-        cfg: the student's config, with ``KD.TEACHER.*``.
-
-    Returns:
-        The teacher's own meta-architecture, in eval mode, without gradients, on ``MODEL.DEVICE``. Its
-        ``input_format`` is its channel order.
+    Build the teacher of a student's config and load its weights: its own meta-architecture, in eval mode, without
+    gradients, on ``MODEL.DEVICE``. Its ``input_format`` is its channel order.
 
     Raises:
         ValueError: an unknown config or meta-architecture, or weights that are missing, misshapen or left over.
@@ -94,39 +88,25 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
 
 
 def teacher_dtype(cfg: CfgNode) -> torch.dtype:
-    """
-    ``KD.TEACHER.DTYPE``.
-
-    Raises:
-        ValueError: another name than float32, bfloat16 or float16.
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if cfg.KD.TEACHER.DTYPE not in known:
-        raise ValueError(unknown_name("KD.TEACHER.DTYPE", cfg.KD.TEACHER.DTYPE, known))
-    return known[cfg.KD.TEACHER.DTYPE]
+    """``KD.TEACHER.DTYPE``; a ``ValueError`` for another name than float32, bfloat16 or float16."""
+    name, known = cfg.KD.TEACHER.DTYPE, ("float32", "bfloat16", "float16")
+    if name not in known:
+        raise ValueError(unknown_name("KD.TEACHER.DTYPE", name, known))
+    return getattr(torch, name)
 
 
 def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
-    """
-    The network of :func:`get_teacher_cfg`, without its weights.
-
-    Raises:
-        ValueError: an unknown meta-architecture.
-    """
-    registered = dict(iter(META_ARCH_REGISTRY))
-    if teacher_cfg.MODEL.META_ARCHITECTURE not in registered:
-        raise ValueError(unknown_name("teacher meta-architecture", teacher_cfg.MODEL.META_ARCHITECTURE, registered))
-    return registered[teacher_cfg.MODEL.META_ARCHITECTURE](teacher_cfg)
+    """The network of :func:`get_teacher_cfg`, without weights; a ``ValueError`` for an unknown meta-architecture."""
+    name, registered = teacher_cfg.MODEL.META_ARCHITECTURE, dict(META_ARCH_REGISTRY)
+    if name not in registered:
+        raise ValueError(unknown_name("teacher meta-architecture", name, registered))
+    return registered[name](teacher_cfg)
 
 
 def load_teacher(*, model: nn.Module, weights: str, input_format: Optional[str] = None) -> nn.Module:
     """
-    A detector with its trained weights, as ``Distiller(teacher=...)`` wants it.
-
-    Args:
-        model: the teacher, with ``backbone`` and ``preprocess_image``.
-        weights: a file or URL in any format that Detectron2 reads; must be exactly the model's.
-        input_format: channel order that it was trained with; default: its own ``input_format``.
+    A detector with its trained weights (a file or URL), as ``Distiller(teacher=...)`` wants it; ``input_format`` is the
+    channel order that it was trained with, by default its own.
 
     Raises:
         FileNotFoundError, ValueError: weights that do not exist or do not fit.
@@ -141,15 +121,9 @@ def _zoo_config_file(name: str) -> str:
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
+        root = Path(model_zoo.__file__).parent / "configs"
+        known = sorted(str(path.relative_to(root)) for path in root.glob("*/**/*.yaml") if "Base" not in path.name)
         raise FileNotFoundError(
             f"KD.TEACHER.CONFIG_FILE {name!r} is neither a file nor in Detectron2's model zoo. "
-            + unknown_name("model-zoo name", name, _zoo_names())
+            + unknown_name("model-zoo name", name, known)
         ) from None
-
-
-def _zoo_names() -> List[str]:
-    root = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
-    found = []
-    for folder, _, files in os.walk(root):
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.endswith(".yaml")]
-    return sorted(name for name in found if os.path.dirname(name) and "Base" not in name)

@@ -5,6 +5,7 @@ By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` o
 local file of its weights; in Python, :class:`FeatureTeacher` around any network, or :func:`torchvision_teacher`.
 """
 
+import contextlib
 import math
 from typing import Dict, List, Optional, Sequence
 
@@ -17,15 +18,13 @@ from torch import Tensor, nn
 
 from kd_det.backbones.timm_backbone import flat_key, timm_feature_network, timm_options
 from kd_det.errors import unknown_name
+from kd_det.features.context import normalised_images
 from kd_det.random_state import preserved_random_state
-from kd_det.teachers.networks import NETWORK_SOURCES
-from kd_det.weights.strict import MisfitError, describe_misfits, misshapen
+from kd_det.teachers.networks import expected_images
+from kd_det.weights.backbone_file import IMAGENET_METADATA
+from kd_det.weights.strict import refuse_misshapen
 
 __all__ = ["FeatureTeacher", "configure_feature_teacher", "torchvision_teacher"]
-
-# In the units of raw images.
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
 
 # A multiple of 14, 16 and 64, the strides of all common networks.
 _PROBE_SIDE = 448
@@ -38,26 +37,23 @@ class _Features(Backbone):
         super().__init__()
         self.network = network
         self._channels_last = channels_last
-        shapes = self._probe(stage_modules)
-        self._out_features = [name for name in shapes if name not in stage_modules]
-        self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
-        self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
-        strides = [shapes[name].stride for name in self._out_features]
-        # Coarser maps are pooled from those of stride 32, and need no more padding.
-        self._size_divisibility = max([s for s in strides if s <= 32], default=max(strides))
         # By name, so that a deep copy finds its own modules.
         names = {module: name for name, module in network.named_modules()}
         self._stage_names = {level: names[module] for level, module in stage_modules.items()}
+        shapes = self._probe()
+        outputs = [name for name in shapes if name not in stage_modules]
         self._levels: Dict[str, str] = {}
-        for name in self._out_features:
+        for name in outputs:
             level = round(math.log2(shapes[name].stride))
-            for alias in (f"p{level}", f"res{level}"):
-                if alias not in shapes:
-                    self._levels[alias] = name  # of several maps with one stride, the last
-        for alias, name in self._levels.items():
-            self._out_features.append(alias)
-            self._out_feature_channels[alias] = shapes[name].channels
-            self._out_feature_strides[alias] = shapes[name].stride
+            # Of several maps with one stride, the last.
+            self._levels |= {alias: name for alias in (f"p{level}", f"res{level}") if alias not in shapes}
+        shapes |= {alias: shapes[name] for alias, name in self._levels.items()}
+        self._out_features = [*outputs, *self._levels]
+        self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
+        self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
+        strides = [shapes[name].stride for name in outputs]
+        # Coarser maps are pooled from those of stride 32, and need no more padding.
+        self._size_divisibility = max([s for s in strides if s <= 32], default=max(strides))
 
     @property
     def size_divisibility(self) -> int:
@@ -74,10 +70,8 @@ class _Features(Backbone):
 
     def _maps(self, x: Tensor) -> Dict[str, Tensor]:
         maps = self.network(x)
-        if isinstance(maps, Tensor):
-            maps = [maps]
         if not isinstance(maps, dict):
-            maps = {str(i): m for i, m in enumerate(maps)}
+            maps = {str(i): m for i, m in enumerate([maps] if isinstance(maps, Tensor) else maps)}
         for name, value in maps.items():
             if not isinstance(value, Tensor) or value.dim() != 4:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -87,27 +81,24 @@ class _Features(Backbone):
         return maps
 
     @torch.no_grad()
-    def _probe(self, stage_modules: Dict[str, nn.Module]) -> Dict[str, ShapeSpec]:
+    def _probe(self) -> Dict[str, ShapeSpec]:
         """Channels and strides, from one image of zeros."""
         seen: Dict[str, Tensor] = {}
-        hooks = [
-            module.register_forward_hook(lambda _, args, output, level=level: seen.setdefault(level, output))
-            for level, module in stage_modules.items()
-        ]
         parameter = next(self.network.parameters())
         image = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=parameter.device, dtype=parameter.dtype)
         self.network.eval()
         try:
-            with preserved_random_state():
+            with contextlib.ExitStack() as stack:
+                for level, module in self.stage_modules.items():
+                    hook = module.register_forward_hook(lambda _, args, y, level=level: seen.setdefault(level, y))
+                    stack.enter_context(hook)
+                stack.enter_context(preserved_random_state())
                 maps = self._maps(image)
         except (RuntimeError, AssertionError) as e:
             raise ValueError(
                 f"The teacher's network must run on images of any size; on {_PROBE_SIDE} x {_PROBE_SIDE} it fails: {e} "
                 f"(A ViT of timm needs MODEL.TIMM.OPTS ['dynamic_img_size', True] in KD.TEACHER.OPTS.)"
             ) from e
-        finally:
-            for hook in hooks:
-                hook.remove()
         return {
             name: ShapeSpec(channels=value.shape[1], stride=round(_PROBE_SIDE / value.shape[2]))
             for name, value in {**maps, **seen}.items()
@@ -130,8 +121,8 @@ class FeatureTeacher(nn.Module):
         self,
         *,
         network: nn.Module,
-        pixel_mean: Sequence[float] = IMAGENET_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_STD,
+        pixel_mean: Sequence[float] = IMAGENET_METADATA["pixel_mean"],
+        pixel_std: Sequence[float] = IMAGENET_METADATA["pixel_std"],
         input_format: str = "RGB",
         channels_last: bool = False,
         stage_modules: Optional[Dict[str, nn.Module]] = None,
@@ -156,51 +147,42 @@ class FeatureTeacher(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict:
         library, _, name = cfg.KD.TEACHER.CONFIG_FILE.partition("://")
-        return _SOURCES[library](name, cfg)
+        return _from_torchvision(name, cfg) if library == "torchvision" else _from_timm(name, cfg)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Normalise and pad raw images (3, H, W), given in the order ``input_format``."""
-        images = [x["image"].to(self.pixel_mean.device) for x in batched_inputs]
-        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        return normalised_images(self, batched_inputs)
 
     def forward(self, batched_inputs: List[Dict]) -> Dict[str, Tensor]:
         return self.backbone(self.preprocess_image(batched_inputs).tensor)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Takes the names of the network's own library too, and leaves its heads behind."""
-        own = {flat_key(_inner(key)): (key, value) for key, value in self.state_dict().items()}
-        unfit = []
+        own = {flat_key(_inner(key)): (key, value.shape) for key, value in self.state_dict().items()}
+        shapes = []
         for key in [k for k in state_dict if k.startswith(prefix)]:
             value = state_dict.pop(key)
-            name, mine = own.get(flat_key(_inner(key.removeprefix(prefix))), (None, None))
+            name, expected = own.get(flat_key(_inner(key.removeprefix(prefix))), (None, None))
             if name is not None:
                 state_dict[prefix + name] = value
-                if value.shape != mine.shape:
-                    unfit.append(misshapen(key, value.shape, mine.shape))
-        if unfit:
-            raise MisfitError(describe_misfits(misshapen=unfit))
+                shapes.append((key, value.shape, expected))
+        refuse_misshapen(shapes)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
     """
-    The features of a torchvision detector as a teacher, ``p2``, ``p3``, ... by stride, and ``res2`` to ``res5`` where
-    its backbone is a ResNet. The detector's own resizing is left out: the student's images are taken as they are.
-
-    Args:
-        detector: a detector of ``torchvision.models.detection``, with its trained weights.
+    The features of a trained detector of ``torchvision.models.detection`` as a teacher, ``p2``, ``p3``, ... by stride,
+    and ``res2`` to ``res5`` where its backbone is a ResNet. Its own resizing is left out: the student's images are
+    taken as they are.
     """
     return FeatureTeacher(**_of_torchvision_detector(detector))
 
 
 def configure_feature_teacher(cfg: CfgNode, name: str) -> None:
     """
-    Turn a config into that of a :class:`FeatureTeacher`, in place.
-
-    Args:
-        cfg: with the nodes of :func:`kd_det.add_kd_config`.
-        name: "torchvision://NAME", a detector, or a classifier of the ResNet family; or "timm://NAME".
+    Turn a config into that of a :class:`FeatureTeacher`, in place, from "torchvision://NAME" (a detector, or a
+    classifier of the ResNet family) or "timm://NAME".
     """
     cfg.MODEL.META_ARCHITECTURE = FeatureTeacher.__name__
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 90  # of torchvision's COCO weights, with gaps; its head is built and left out
@@ -212,6 +194,10 @@ def _inner(key: str) -> str:
     return key.removeprefix("backbone.").removeprefix("network.")
 
 
+def _resnet_stages(network: Optional[nn.Module]) -> Dict[str, nn.Module]:
+    return {f"res{i + 1}": getattr(network, f"layer{i}") for i in range(1, 5) if hasattr(network, f"layer{i}")}
+
+
 def _of_torchvision_detector(detector: nn.Module) -> Dict:
     return {
         "network": detector.backbone,
@@ -221,22 +207,14 @@ def _of_torchvision_detector(detector: nn.Module) -> Dict:
     }
 
 
-def _resnet_stages(network: Optional[nn.Module]) -> Dict[str, nn.Module]:
-    levels = {f"res{i + 1}": getattr(network, f"layer{i}", None) for i in range(1, 5)}
-    return {level: module for level, module in levels.items() if module is not None}
-
-
 def _from_torchvision(name: str, cfg: CfgNode) -> Dict:
     from torchvision import models
     from torchvision.models._utils import IntermediateLayerGetter
 
-    detectors = models.list_models(module=models.detection)
-    classifiers = models.list_models(module=models)
+    detectors, classifiers = models.list_models(module=models.detection), models.list_models(module=models)
     if name in detectors:
-        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
-        return _of_torchvision_detector(
-            models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
-        )
+        options = {"weights": None, "weights_backbone": None, "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1}
+        return _of_torchvision_detector(models.get_model(name, **options))
     if name not in classifiers:
         raise ValueError(unknown_name("network of torchvision", name, detectors + classifiers))
     network = models.get_model(name, weights=None)
@@ -247,25 +225,17 @@ def _from_torchvision(name: str, cfg: CfgNode) -> Dict:
             f"wrap it: kd_det.teachers.feature_teacher.FeatureTeacher(network=...)."
         )
     body = IntermediateLayerGetter(network, {f"layer{i}": f"layer{i}" for i in range(1, 5)})
-    mean, std, _ = NETWORK_SOURCES["torchvision"](name)
-    return {
-        "network": body,
-        "pixel_mean": [255 * x for x in mean],
-        "pixel_std": [255 * x for x in std],
-        "stage_modules": stages,
-    }
+    mean, std, _ = expected_images("torchvision", name)
+    return {"network": body, "pixel_mean": mean, "pixel_std": std, "stage_modules": stages}
 
 
 def _from_timm(name: str, cfg: CfgNode) -> Dict:
     network = timm_feature_network(name, timm_options(cfg))
-    mean, std, _ = NETWORK_SOURCES["timm"](name)
+    mean, std, _ = expected_images("timm", name)
     return {
         "network": network,
-        "pixel_mean": [255 * x for x in mean],
-        "pixel_std": [255 * x for x in std],
+        "pixel_mean": mean,
+        "pixel_std": std,
         "channels_last": getattr(network, "output_fmt", None) == "NHWC",
         "stage_modules": _resnet_stages(network),
     }
-
-
-_SOURCES = {"torchvision": _from_torchvision, "timm": _from_timm}

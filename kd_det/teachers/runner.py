@@ -7,9 +7,9 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from kd_det.features.context import normalised_images
 from kd_det.features.regions import RegionHead
 from kd_det.features.taps import Taps
 
@@ -17,36 +17,22 @@ __all__ = ["Teacher", "TeacherMaps", "check_teacher"]
 
 
 class TeacherMaps(NamedTuple):
-    """
-    What a teacher computed for a batch.
+    """What a teacher computed for a batch."""
 
-    Attributes:
-        features: the maps at every tap, one for each time its module ran; they cover the canvas.
-        outputs: the outputs of the backbone, on the teacher's own padding.
-        canvas: height and width of the student's padded batch.
-    """
-
-    features: Dict[str, List[Tensor]]
-    outputs: Dict[str, Tensor]
-    canvas: Tuple[int, int]
+    features: Dict[str, List[Tensor]]  # the maps at every tap, one for each time its module ran; they cover the canvas
+    outputs: Dict[str, Tensor]  # of the backbone, on the teacher's own padding
+    canvas: Tuple[int, int]  # height and width of the student's padded batch
 
 
 def check_teacher(model: nn.Module, input_format: Optional[str]) -> None:
     """
-    Whether a network can teach.
-
-    Args:
-        model: the teacher.
-        input_format: channel order of the student's images.
-
-    Raises:
-        ValueError: it has no backbone, no normalisation or no channel order, or wants images of other colours.
+    Raise a ``ValueError`` if a network has no backbone, no normalisation or no channel order, or wants images of other
+    colours than the student's.
     """
     name = type(model).__name__
     if not isinstance(getattr(model, "backbone", None), nn.Module):
         raise ValueError(f"The teacher {name} has no backbone to read; wrap it: kd_det.teachers.FeatureTeacher.")
-    normalises = hasattr(model, "preprocess_image") or (hasattr(model, "pixel_mean") and hasattr(model, "pixel_std"))
-    if not normalises:
+    if not (hasattr(model, "preprocess_image") or hasattr(model, "pixel_mean") and hasattr(model, "pixel_std")):
         raise ValueError(f"The teacher {name} has neither preprocess_image nor pixel_mean and pixel_std.")
     wanted = getattr(model, "input_format", None)
     if wanted is None:
@@ -78,9 +64,9 @@ class Teacher:
     ):
         """
         Args:
-            model: a network with a ``backbone``, as :func:`build_teacher` returns it.
+            model: as :func:`build_teacher` returns it.
             taps: the places to read.
-            student: whose batches it is run on: when the student's backbone is called, the teacher runs first.
+            student: when its backbone is called, the teacher runs first.
             input_format: channel order of the images in these batches.
             with_head: regions will be given to the teacher's box head, ``head``.
             dtype: of the teacher's backbone. What lies behind the backbone stays in float32.
@@ -93,17 +79,16 @@ class Teacher:
         self.fingerprint = _fingerprint(model)
         self.taps = Taps(model, taps, side="teacher")
         self.head = RegionHead(getattr(model, "roi_heads", None), side="teacher") if with_head else None
-        self._order = None
-        if input_format != model.input_format:
-            self._order = [input_format.index(channel) for channel in model.input_format]
-        self._shares_images = self._order is None and _normalise_alike(student, model)
+        is_same_order = input_format == model.input_format
+        self._order = None if is_same_order else [input_format.index(channel) for channel in model.input_format]
+        self._shares_images = is_same_order and _normalise_alike(student, model)
         self._dtype = dtype
         model.backbone.to(dtype)
         self._heads = self._dense_heads()
         self._pending: Optional[List[Dict]] = None
+        self._maps: Optional[TeacherMaps] = None
         self._canvas: Optional[Tuple[int, int]] = None  # what the maps must cover; None: the teacher's own padding
         self._outputs: Dict[str, Tensor] = {}
-        self._maps: Optional[TeacherMaps] = None
         # Hooks that stay, switched by what is pending: attaching them anew would make compiled networks compile anew.
         # Before those of the networks themselves, which may resize their images.
         student.backbone.register_forward_pre_hook(self._before_student, prepend=True)
@@ -132,32 +117,13 @@ class Teacher:
             raise RuntimeError("the student's forward did not call its backbone, so the teacher was not run")
         return maps
 
-    def __call__(self, batched_inputs: List[Dict], device: torch.device) -> TeacherMaps:
-        """
-        Run without a student, on the teacher's own padding.
-
-        Args:
-            batched_inputs: the student's, with raw images (C, H, W).
-            device: where to run; the teacher moves there.
-        """
-        return self._run(batched_inputs, device)
-
-    def inputs(self, batched_inputs: List[Dict]) -> List[Dict]:
-        """The student's inputs with the channels of their images in the teacher's order."""
-        if self._order is None:
-            return batched_inputs
-        return [{**x, "image": x["image"][self._order]} for x in batched_inputs]
-
-    def _before_student(self, module: nn.Module, args: Tuple[Tensor]) -> None:
-        if self._pending is not None:
-            batched_inputs, self._pending = self._pending, None
-            self._maps = self._run(batched_inputs, args[0].device, images=args[0])
-
     @torch.no_grad()
-    def _run(self, batched_inputs: List[Dict], device: torch.device, images: Optional[Tensor] = None) -> TeacherMaps:
+    def __call__(
+        self, batched_inputs: List[Dict], device: torch.device, images: Optional[Tensor] = None
+    ) -> TeacherMaps:
         """
-        Args:
-            images: the student's normalised and padded batch; None: there is no student.
+        The maps of the student's inputs, with raw images (C, H, W), on a device, where the teacher moves. Without the
+        student's normalised and padded batch of images, they are on the teacher's own padding.
         """
         if next(self.model.parameters()).device != device:
             self.model.to(device)
@@ -186,11 +152,19 @@ class Teacher:
         finally:
             self._outputs, self._canvas = {}, None
 
+    def inputs(self, batched_inputs: List[Dict]) -> List[Dict]:
+        """The student's inputs with the channels of their images in the teacher's order."""
+        if self._order is None:
+            return batched_inputs
+        return [{**x, "image": x["image"][self._order]} for x in batched_inputs]
+
+    def _before_student(self, module: nn.Module, args: Tuple[Tensor]) -> None:
+        if self._pending is not None:
+            batched_inputs, self._pending = self._pending, None
+            self._maps = self(batched_inputs, args[0].device, images=args[0])
+
     def _dense_heads(self) -> Optional[List[Tuple[nn.Module, List[str]]]]:
-        """
-        The heads to run behind the backbone for the taps to be filled, each with the levels that it is given; None if
-        no such head has them, and the model must run as a whole.
-        """
+        """The heads, with their levels, that must run behind the backbone to fill the taps; None: the whole model."""
         candidates = []
         if hasattr(self.model, "head_in_features"):  # RetinaNet, FCOS
             candidates.append((self.model.head, self.model.head_in_features))
@@ -209,9 +183,7 @@ class Teacher:
         if hasattr(self.model, "preprocess_image"):
             return self.model.preprocess_image(inputs).tensor
         # v0.6's ProposalNetwork and SemanticSegmentor normalise inside their forward.
-        mean, std = self.model.pixel_mean, self.model.pixel_std
-        images = [(x["image"].to(mean.device) - mean) / std for x in inputs]
-        return ImageList.from_tensors(images, self.model.backbone.size_divisibility).tensor
+        return normalised_images(self.model, inputs).tensor
 
     def _enter_backbone(self, module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:
         """Pads the batch to the student's canvas or, where the network needs more, to its multiple or square."""
@@ -239,11 +211,10 @@ def _normalise_alike(student: nn.Module, teacher: nn.Module) -> bool:
     preprocess = getattr(type(teacher), "preprocess_image", None)
     if preprocess is None or getattr(type(student), "preprocess_image", None) is not preprocess:
         return False
-    pairs = [(getattr(student, key, None), getattr(teacher, key, None)) for key in ("pixel_mean", "pixel_std")]
-    return all(
-        isinstance(s, Tensor) and isinstance(t, Tensor) and s.shape == t.shape and torch.equal(s.to(t), t)
-        for s, t in pairs
-    )
+    buffers = [(getattr(student, key, None), getattr(teacher, key, None)) for key in ("pixel_mean", "pixel_std")]
+    if not all(isinstance(buffer, Tensor) for pair in buffers for buffer in pair):
+        return False
+    return all(torch.equal(own.to(theirs), theirs) for own, theirs in buffers)
 
 
 def _fingerprint(model: nn.Module) -> str:

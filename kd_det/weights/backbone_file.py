@@ -2,11 +2,9 @@
 Backbone files: Detectron2's own format for weights that a detector starts from, ``{"model": {name: array},
 "__author__", "matching_heuristics": True}``, as its ``tools/convert-torchvision-to-d2.py`` writes it.
 
-Names are the bottom-up network's own (``res2.0.conv1.weight``) and are matched by their ending, so one file serves
-``backbone.bottom_up.`` of a feature pyramid, ``backbone.`` and ``roi_heads.res5`` of a C4 detector, and a classifier;
-exact names would serve one of them. Batch-norm statistics are there, so the file fits plain and frozen batch norms. The
-head is not. The ``metadata`` holds what no name shows: which images the weights want (channel order, mean, std in
-0..255; torchvision's and timm's ResNets: RGB, while Detectron2's default is BGR with a std of 1).
+Names are the bottom-up network's own (``res2.0.conv1.weight``) and are matched by their ending, so one file serves a
+feature pyramid, a C4 detector and a classifier. Batch-norm statistics are there, the head is not. The ``metadata``
+holds what no name shows: channel order, mean and std (0..255) of the images that the weights were trained on.
 """
 
 import os
@@ -28,6 +26,7 @@ IMAGENET_METADATA = {
     "pixel_mean": [123.675, 116.28, 103.53],
     "pixel_std": [58.395, 57.12, 57.375],
 }
+_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
 
 
 def backbone_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -44,24 +43,17 @@ def backbone_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def backbone_metadata(cfg: CfgNode) -> dict[str, object]:
     """What a detector must know of the images that a config's backbone was trained on."""
-    return {
-        "input_format": cfg.INPUT.FORMAT,
-        "pixel_mean": [float(x) for x in cfg.MODEL.PIXEL_MEAN],
-        "pixel_std": [float(x) for x in cfg.MODEL.PIXEL_STD],
-    }
+    means = {key: [float(x) for x in cfg.MODEL[key.upper()]] for key in ("pixel_mean", "pixel_std")}
+    return {"input_format": cfg.INPUT.FORMAT, **means}
 
 
 def save_backbone(path: str, weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """
-    Write a backbone file: all of it, or nothing.
-
-    Args:
-        path: ends with ".pkl", by which Detectron2 knows the format.
-        weights: see :func:`backbone_weights` and :func:`convert_resnet`.
-        metadata: see :func:`backbone_metadata`.
+    Write a backbone file: all of it, or nothing. For its content see :func:`backbone_weights`, :func:`convert_resnet`
+    and :func:`backbone_metadata`.
 
     Raises:
-        ValueError: another ending.
+        ValueError: the path does not end with ".pkl".
     """
     if not path.endswith(".pkl"):
         raise ValueError(f"A backbone file ends with .pkl, by which Detectron2 knows its format; found {path!r}.")
@@ -77,25 +69,18 @@ def save_backbone(path: str, weights: Mapping[str, Tensor], metadata: Mapping[st
 
 def check_normalisation(checkpoint: Mapping, cfg: CfgNode) -> None:
     """
-    Compare the images that a backbone file was trained on with those that a config feeds it.
-
-    Args:
-        checkpoint: the content of a file; without "metadata" nothing is known and nothing is checked.
-        cfg: a detector's config.
+    Compare the images that a backbone file was trained on with those that a detector's config feeds it. Of a file
+    without "metadata" nothing is known and nothing is checked.
 
     Raises:
         ValueError: another channel order, mean or std; names the config's keys to change.
     """
-    wanted = checkpoint.get("metadata") or {}
-    configured = backbone_metadata(cfg)
-    problems = []
-    for name, key in (
-        ("input_format", "INPUT.FORMAT"),
-        ("pixel_mean", "MODEL.PIXEL_MEAN"),
-        ("pixel_std", "MODEL.PIXEL_STD"),
-    ):
-        if name in wanted and not _same(wanted[name], configured[name]):
-            problems.append(f"{key} must be {wanted[name]}, found {configured[name]}")
+    wanted, configured = checkpoint.get("metadata") or {}, backbone_metadata(cfg)
+    problems = [
+        f"{key} must be {wanted[name]}, found {configured[name]}"
+        for name, key in _KEYS.items()
+        if name in wanted and not _same(wanted[name], configured[name])
+    ]
     if problems:
         raise ValueError(f"The backbone was trained on other images than the config feeds it: {'; '.join(problems)}.")
 

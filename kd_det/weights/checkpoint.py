@@ -30,9 +30,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, basename)
         if os.path.basename(path) != basename:
             raise ValueError(f"A checkpoint's name must not name a folder: {name!r}.")
-        data = {"model": self.model.state_dict()}
-        data.update({key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()})
-        data.update(kwargs)
+        others = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **others, **kwargs}
         self.logger.info(f"Saving checkpoint to {path}")
         write_aside(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(basename)
@@ -60,25 +59,18 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"OUTPUT_DIR {self.save_dir} holds a checkpoint, but not on the machines of the processes {lacking}: "
                 f"to resume, every machine needs it."
             )
-        latest = ""
+        last, latest = os.path.join(self.save_dir, "last_checkpoint"), ""
         try:
-            latest = self._latest_checkpoint()
+            try:
+                latest = self.get_checkpoint_file()
+            except UnicodeDecodeError:
+                raise ValueError(f"{last} does not hold a name.") from None
             _on_every_process(lambda: self._check_exists(latest))
             return self.load(latest)
         except (ValueError, OSError) as e:
             earlier = self._readable_checkpoint_before(latest)
-            if earlier is None:
-                raise ValueError(f"{e} There is no earlier checkpoint in {self.save_dir}.") from e
-            raise ValueError(
-                f"{e} The one before it is {earlier}: to resume from it, write its name into "
-                f"{os.path.join(self.save_dir, 'last_checkpoint')}."
-            ) from e
-
-    def _latest_checkpoint(self) -> str:
-        try:
-            return self.get_checkpoint_file()
-        except UnicodeDecodeError:
-            raise ValueError(f"{os.path.join(self.save_dir, 'last_checkpoint')} does not hold a name.") from None
+            hint = f"The one before it is {earlier}: to resume from it, write its name into {last}."
+            raise ValueError(f"{e} {hint if earlier else f'There is no earlier checkpoint in {self.save_dir}.'}") from e
 
     def _check_exists(self, checkpoint: str) -> None:
         if not self.path_manager.isfile(checkpoint):
@@ -86,9 +78,8 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _readable_checkpoint_before(self, path: str) -> str | None:
         """The name of the newest other checkpoint whose archive is whole; None without one."""
-        candidates = self.get_all_checkpoint_files()
         age = None if is_remote(self.save_dir) else os.path.getmtime  # a store has no dates, but names are in order
-        for candidate in sorted(candidates, key=age, reverse=True):
+        for candidate in sorted(self.get_all_checkpoint_files(), key=age, reverse=True):
             local = self.path_manager.get_local_path(candidate)
             if candidate != path and zipfile.is_zipfile(local):
                 with zipfile.ZipFile(local) as archive:

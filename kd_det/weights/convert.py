@@ -3,27 +3,19 @@ Weights of torchvision and timm by the names of Detectron2's backbones.
 
 torchvision and timm name a ResNet's weights ``layer1.0.conv1``, ``bn1``, ``fc``; Detectron2 ``res2.0.conv1``,
 ``conv1.norm``. The names do not show where the stride is: ``MODEL.RESNETS.STRIDE_IN_1X1`` is False for both libraries,
-and True by Detectron2's default. Other networks of torchvision become those of the timm backbone weight by weight, in
-the order in which they run.
+and True by Detectron2's default.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_det.backbones.timm_backbone import flat_key, timm_feature_network
 from kd_det.weights.strict import misshapen
 
-__all__ = ["classifier_names", "convert_for_timm", "convert_resnet", "resnet_options"]
+__all__ = ["classifier_names", "convert_for_timm", "convert_resnet", "resnet_options", "timm_heads"]
 
-_STEM = {"conv1": "stem.conv1", "bn1": "stem.conv1.norm"}
-_IN_BLOCK = {
-    **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
-    **{f"bn{i}": f"conv{i}.norm" for i in (1, 2, 3)},
-    "downsample.0": "shortcut",
-    "downsample.1": "shortcut.norm",
-}
 _BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])\.(\w+)")
 _STEM_KEY = re.compile(r"(conv1|bn1)\.(\w+)")
 # Names that only a ResNet of Detectron2 has.
@@ -45,10 +37,15 @@ def _detectron2_name(key: str) -> str | None:
     """Detectron2's name of a torchvision ResNet's weight outside the head; None if it has none."""
     if match := _BLOCK_KEY.fullmatch(key):
         stage, block, layer, what = match.groups()
-        return f"res{int(stage) + 1}.{block}.{_IN_BLOCK[layer]}.{what}"
-    if match := _STEM_KEY.fullmatch(key):
-        return f"{_STEM[match[1]]}.{match[2]}"
-    return None
+        prefix = f"res{int(stage) + 1}.{block}"
+    elif match := _STEM_KEY.fullmatch(key):
+        layer, what = match.groups()
+        prefix = "stem"
+    else:
+        return None
+    layer = {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}.get(layer, layer)
+    layer = re.sub(r"bn(.)", r"conv\1.norm", layer)
+    return f"{prefix}.{layer}.{what}"
 
 
 def classifier_names(keys: Iterable[str]) -> dict[str, str]:
@@ -70,7 +67,7 @@ def convert_resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: other weights, or a ResNet that Detectron2 cannot build (deep stems, squeeze-and-excitation, ...).
     """
-    kept = {key: value for key, value in state.items() if not _ignored(key)}
+    kept = _without_head(state)
     unknown = [key for key in kept if _detectron2_name(key) is None]
     if unknown or not kept:
         found = f"found {', '.join(unknown[:3])} among {len(kept)} weights" if unknown else "found none"
@@ -82,17 +79,12 @@ def convert_resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _ignored(key: str) -> bool:
-    return bool(_HEAD_KEY.fullmatch(key)) or key.endswith("num_batches_tracked")
+def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not _HEAD_KEY.fullmatch(k) and not k.endswith("num_batches_tracked")}
 
 
 def resnet_options(weights: Mapping[str, Tensor]) -> dict[str, object]:
-    """
-    The ``MODEL.RESNETS.*`` keys that build the network of converted weights, from their names and shapes.
-
-    Raises:
-        ValueError: no depth of Detectron2's has such blocks.
-    """
+    """The ``MODEL.RESNETS.*`` keys of the network of converted weights; a ``ValueError`` if Detectron2 has none."""
     last = "conv3" if "res2.0.conv3.weight" in weights else "conv2"
     blocks = [len({key.split(".")[1] for key in weights if key.startswith(f"res{stage}.")}) for stage in (2, 3, 4, 5)]
     if (last, *blocks) not in _DEPTHS:
@@ -116,20 +108,16 @@ def convert_for_timm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor
     """
     Another library's weights of the network that timm calls ``name``, by the names of a ``TimmBackbone``; without the
     classifier and the counters of batch norm. Where the names are not timm's, weights are paired in order, as both
-    libraries register modules in the order in which they run.
-
-    Args:
-        state: of the whole network, or without its classifier, in order.
-        name: e.g. "mobilenetv2_100".
+    libraries register modules in the order in which they run; ``state`` may lack the classifier.
 
     Raises:
         ValueError: no model of timm that gives feature maps, or weights that are not those of this model: other
             numbers, kinds or shapes; names the first that differs.
     """
-    features = [key for key in timm_feature_network(name, {}).state_dict() if not _ignored(key)]
-    given = {flat_key(key): value for key, value in state.items() if not _ignored(key)}
+    features, state = _without_head(timm_feature_network(name, {}).state_dict()), _without_head(state)
+    given = {flat_key(key): value for key, value in state.items()}
     if not all(flat_key(key) in given for key in features):
-        given = _in_order_of(name, {key: value for key, value in state.items() if not _ignored(key)})
+        given = _in_order_of(name, state)
     return {f"network.{key}": given[flat_key(key)] for key in features}
 
 
@@ -137,16 +125,18 @@ def _in_order_of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     import timm
 
     network = timm.create_model(name)
-    own = {key: value for key, value in network.state_dict().items() if not _ignored(key)}
-    heads = network.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    body = [key for key in own if not key.startswith(heads)]
+    own = _without_head(network.state_dict())
+    body = [key for key in own if key.partition(".")[0] not in timm_heads(network)]
     if not len(body) <= len(state) <= len(own):
         raise ValueError(f"Not the weights of timm's {name!r}, which has {len(own)}: found {len(state)}.")
     for (theirs, value), mine in zip(state.items(), body):
         if value.shape != own[mine].shape or theirs.rpartition(".")[2] != mine.rpartition(".")[2]:
-            raise ValueError(
-                f"Not the weights of timm's {name!r} in its order: {misshapen(theirs, value.shape, own[mine].shape)} "
-                f"as {mine}."
-            )
+            difference = misshapen(theirs, value.shape, own[mine].shape)
+            raise ValueError(f"Not the weights of timm's {name!r} in its order: {difference} as {mine}.")
     return {flat_key(mine): value for mine, value in zip(body, state.values())}
+
+
+def timm_heads(network: nn.Module) -> list[str]:
+    """The modules of a timm network that hold its classifier, as timm declares them."""
+    names = network.pretrained_cfg.get("classifier") or ()
+    return [name.partition(".")[0] for name in ([names] if isinstance(names, str) else names)]

@@ -28,63 +28,46 @@ logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, TRACED, CLASSES, README = "config.yaml", "model.pth", "model.ts", "classes.json", "README.md"
 
-# Largest relative error of the backbone's maps that the check run accepts: bit for bit, or float16's rounding.
-TOLERANCE = {False: 0.0, True: 0.02}
-
-_LOADING = """\
-from detectron2.config import get_cfg
-from detectron2.engine import DefaultPredictor
-{imports}
-cfg = get_cfg()
-{add_config}cfg.merge_from_file("{config}")
-cfg.MODEL.WEIGHTS = "{weights}"
-cfg.MODEL.DEVICE = "cpu"  # or "cuda"
-predictor = DefaultPredictor(cfg)
-instances = predictor(image)["instances"]  # image: (H, W, 3) uint8, BGR, as cv2.imread gives it
-"""
+# Largest relative error of the backbone's maps that the check run accepts in half precision: float16's rounding.
+TOLERANCE = 0.02
 
 _README = """\
 # {architecture}, exported
 
-`{config}` and `{weights}` are a plain Detectron2 model: {parameters:,} parameters, {dtype}, {megabytes:.1f} MB.
-They need {needs}.
+`config.yaml` and `model.pth` are a plain Detectron2 model: {parameters:,} parameters, {dtype}, {megabytes:.1f} MB.
+They need {needs}, not kd_det.
 
 ```python
-{loading}```
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+{imports}
+cfg = get_cfg()
+{add_config}cfg.merge_from_file("config.yaml")
+cfg.MODEL.WEIGHTS = "model.pth"
+cfg.MODEL.DEVICE = "cpu"  # or "cuda"
+predictor = DefaultPredictor(cfg)
+instances = predictor(image)["instances"]  # image: (H, W, 3) uint8, BGR, as cv2.imread gives it
+```
 
-{classes}{traced}Check run: {check}
+{classes}{traced}Check run: the files, loaded again, give the trained student's maps with a relative error of
+{error:.2g}, and {after} detections where it has {before}.
 """
 
 _TRACED = """\
-`{traced}` is a TorchScript trace of it, made by Detectron2's exporter: it takes one image, a float tensor (3, H, W) of
+`model.ts` is a TorchScript trace of it, made by Detectron2's exporter: it takes one image, a float tensor (3, H, W) of
 the channel order {order} with values 0 to 255, already resized as `INPUT.MIN_SIZE_TEST` says, and returns the fields of
 its detections in that image's coordinates, {fields}.
 
 """
 
-_CLASSES = """\
-`{file}` names the {number} classes in the order of `pred_classes`: {names}.
-
-"""
-
 
 class ExportReport(NamedTuple):
-    """
-    Attributes:
-        folder: where the files are.
-        files: their names.
-        num_parameters: of the student.
-        needs: packages besides Detectron2 that loading needs, e.g. ("timm",).
-        feature_error: relative error of the reloaded backbone's maps (maximum of the difference over that of the map).
-        num_detections: on the check images, before and after.
-    """
-
     folder: str
-    files: tuple[str, ...]
-    num_parameters: int
-    needs: tuple[str, ...]
-    feature_error: float
-    num_detections: tuple[int, int]
+    files: tuple[str, ...]  # their names
+    num_parameters: int  # of the student
+    needs: tuple[str, ...]  # packages besides Detectron2 that loading needs, e.g. ("timm",)
+    feature_error: float  # of the reloaded backbone's maps: maximum of the difference over that of the map
+    num_detections: tuple[int, int]  # on the check images, before and after
 
 
 def export_student(
@@ -109,7 +92,12 @@ def export_student(
         raise ValueError(f"{folder!r} is not a folder to export to.")
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"The folder {folder!r} is not empty; the export needs one of its own.")
-    cfg = plain_cfg(cfg)
+    cfg = student_cfg(cfg)
+    cfg.defrost()
+    uses_timm = "TIMM" in cfg.MODEL
+    if uses_timm:
+        cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.MODEL.WEIGHTS = WEIGHTS
     if META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).__module__.startswith("kd_det"):
         raise ValueError(
             f"{cfg.MODEL.META_ARCHITECTURE} is kd_det's own meta-architecture, which plain Detectron2 cannot load; "
@@ -117,79 +105,75 @@ def export_student(
         )
     model = build_model(cfg).eval()
     load_strictly(model, weights, who="student")
-    images = list(images) or _random_images()
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((192, 256), (256, 160))
+    images = list(images) or [torch.randint(256, (3, *size), generator=generator).float() for size in sizes]
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    packages = {"timm" if name == "kd_det" else name for name in packages}
+    needs = tuple(sorted(packages - {"detectron2", "torch", "fvcore", "torchvision"}))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    # The file of kd_det that registers the backbone's builder.
+    is_basic = cfg.MODEL.BACKBONE.NAME in basic_resnet.__all__
+    registers = timm_backbone if uses_timm else basic_resnet if is_basic else None
+    classes, imports, traced = _class_names(cfg), "", ""
 
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as made:
+        path = {name: os.path.join(made, name) for name in (CONFIG, WEIGHTS, TRACED, CLASSES, README)}
+        write_aside(path[WEIGHTS], lambda file: torch.save({"model": _weights(model, half)}, file))
+        _write(path[CONFIG], cfg.dump())
         files = [CONFIG, WEIGHTS]
-        write_aside(os.path.join(made, WEIGHTS), lambda file: torch.save({"model": _weights(model, half)}, file))
-        with open(os.path.join(made, CONFIG), "w") as file:
-            file.write(cfg.dump())
-        classes = _class_names(cfg)
         if classes:
+            _write(path[CLASSES], json.dumps(classes, indent=0))
             files.append(CLASSES)
-            with open(os.path.join(made, CLASSES), "w") as file:
-                json.dump(classes, file, indent=0)
-        backbone_file = _backbone_file(cfg)
-        if backbone_file:
-            files.append(os.path.basename(backbone_file))
-            shutil.copy(backbone_file, made)
-        error, detections = _check_run(cfg, model, made, images)
-        if not error <= TOLERANCE[half]:
+        if registers is not None:
+            files.append(os.path.basename(shutil.copy(registers.__file__, made)))
+            module = registers.__name__.rpartition(".")[2]
+            imports = f"from {module} import add_timm_config" if uses_timm else f"import {module}"
+            imports += "  # the file beside the config; it registers the backbone\n"
+        error, (before, after) = _check_run(cfg, model, made, images)
+        if not error <= TOLERANCE * half:
             raise ValueError(f"The exported student differs from the trained one: its maps by {error:.2g}, relatively.")
-        fields: list[str] = []
         if trace:
-            fields = _trace(model, images, os.path.join(made, TRACED))
+            traced = _TRACED.format(order=cfg.INPUT.FORMAT, fields=", ".join(_trace(model, images, path[TRACED])))
             files.append(TRACED)
-        needs = _needs(model)
-        report = ExportReport(
-            folder, (*files, README), sum(p.numel() for p in model.parameters()), needs, error, detections
+        names = (
+            f"`{CLASSES}` names the {len(classes)} classes in the order of `pred_classes`: {', '.join(classes)}.\n\n"
         )
-        with open(os.path.join(made, README), "w") as file:
-            file.write(_readme(cfg, report, half, fields, os.path.getsize(os.path.join(made, WEIGHTS)), classes))
+        _write(
+            path[README],
+            _README.format(
+                architecture=cfg.MODEL.META_ARCHITECTURE,
+                parameters=num_parameters,
+                dtype="float16" if half else "float32",
+                megabytes=os.path.getsize(path[WEIGHTS]) / 2**20,
+                needs=" and ".join(("Detectron2", *needs)),
+                imports=imports,
+                add_config="add_timm_config(cfg)\n" if uses_timm else "",
+                classes=names if classes else "",
+                traced=traced,
+                error=error,
+                before=before,
+                after=after,
+            ),
+        )
         os.makedirs(folder, exist_ok=True)  # readable for whom the umask allows, unlike the temporary one
-        for name in report.files:
+        for name in (*files, README):
             shutil.move(os.path.join(made, name), os.path.join(folder, name))
-    return report
+    return ExportReport(folder, (*files, README), num_parameters, needs, error, (before, after))
 
 
-def plain_cfg(cfg: CfgNode) -> CfgNode:
-    """The config of the plain student, that starts from no weights but those it is given."""
-    cfg = student_cfg(cfg)
-    cfg.defrost()
-    if _uses_timm(cfg):
-        cfg.MODEL.TIMM.WEIGHTS = ""
-    cfg.MODEL.WEIGHTS = WEIGHTS
-    cfg.freeze()
-    return cfg
-
-
-def _uses_timm(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.get("TIMM", {}).get("NAME", ""))
-
-
-def _backbone_file(cfg: CfgNode) -> str | None:
-    """The file of kd_det that registers the backbone's builder; None where the builder is not kd_det's."""
-    if _uses_timm(cfg):
-        return timm_backbone.__file__
-    return basic_resnet.__file__ if cfg.MODEL.BACKBONE.NAME in basic_resnet.__all__ else None
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
 
 
 def _weights(model: nn.Module, half: bool) -> dict[str, Tensor]:
-    state = dict(model.state_dict())
-    if not half:
-        return state
-    largest = torch.finfo(torch.float16).max
-    return {
-        key: value.half() if value.is_floating_point() and value.abs().max() < largest else value
-        for key, value in state.items()
-    }
+    def fits(value: Tensor) -> bool:
+        return value.is_floating_point() and value.abs().max() < torch.finfo(torch.float16).max
 
-
-def _random_images() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(256, (3, *size), generator=generator).float() for size in ((192, 256), (256, 160))]
+    return {key: value.half() if half and fits(value) else value for key, value in model.state_dict().items()}
 
 
 @torch.no_grad()
@@ -247,40 +231,3 @@ def _class_names(cfg: CfgNode) -> list[str]:
                 logger.warning(f"The export does not name its classes: data set {name!r} cannot be read ({e}).")
         return list(MetadataCatalog.get(name).get("thing_classes") or ())
     return []
-
-
-def _needs(model: nn.Module) -> tuple[str, ...]:
-    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    packages = {"timm" if name == "kd_det" else name for name in packages}
-    return tuple(sorted(packages - {"detectron2", "torch", "fvcore", "torchvision"}))
-
-
-def _readme(cfg: CfgNode, report: ExportReport, half: bool, fields: list[str], size: int, classes: list[str]) -> str:
-    timm, backbone_file = _uses_timm(cfg), _backbone_file(cfg)
-    needs = " and ".join(("Detectron2", *report.needs)) + ", not kd_det"
-    imports = ""
-    if backbone_file:
-        module = os.path.basename(backbone_file).removesuffix(".py")
-        imports = f"from {module} import add_timm_config" if timm else f"import {module}"
-        imports += "  # the file beside the config; it registers the backbone\n"
-    loading = _LOADING.format(
-        imports=imports,
-        add_config="add_timm_config(cfg)\n" if timm else "",
-        config=CONFIG,
-        weights=WEIGHTS,
-    )
-    before, after = report.num_detections
-    return _README.format(
-        architecture=cfg.MODEL.META_ARCHITECTURE,
-        config=CONFIG,
-        weights=WEIGHTS,
-        parameters=report.num_parameters,
-        dtype="float16" if half else "float32",
-        megabytes=size / 2**20,
-        needs=needs,
-        loading=loading,
-        classes=_CLASSES.format(file=CLASSES, number=len(classes), names=", ".join(classes)) if classes else "",
-        traced=_TRACED.format(traced=TRACED, order=cfg.INPUT.FORMAT, fields=", ".join(fields)) if fields else "",
-        check=f"the files, loaded again, give the trained student's maps with a relative error of "
-        f"{report.feature_error:.2g}, and {after} detections where it has {before}.",
-    )

@@ -27,16 +27,7 @@ _PICKLED_GLOBALS = {
 
 
 def find_weights(path: str, *, who: str) -> str:
-    """
-    The local file of weights, fetched if they are a URL.
-
-    Args:
-        path: a file or URL that Detectron2's path manager knows.
-        who: what messages call the model.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
+    """The local file of a path or URL of weights, or a ``FileNotFoundError``; ``who`` is the model in messages."""
     path = re.sub(r"\?matching_heuristics=\w+$", "", path)  # a hint to Detectron2 main's checkpointer
     try:
         local = PathManager.get_local_path(path)
@@ -66,10 +57,8 @@ def read_checkpoint(filename: str) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             loaded = {"model": load_file(filename)}
-        elif filename.endswith(".pkl"):
-            loaded = _read_pickle(filename)
         else:
-            loaded = _read_torch(filename)
+            loaded = (_read_pickle if filename.endswith(".pkl") else _read_torch)(filename)
         _check_weights(loaded["model"])
     except Exception as e:  # damaged, foreign and hostile bytes raise anything in torch, pickle, zipfile and NumPy
         if isinstance(e, OSError) and e.filename:
@@ -79,22 +68,18 @@ def read_checkpoint(filename: str) -> dict[str, Any]:
 
 
 def read_weights(path: str, *, who: str) -> dict[str, Tensor]:
-    """
-    The weights alone of a file that :func:`read_checkpoint` reads, in its order, without the prefix that DDP adds.
-
-    Args:
-        path, who: see :func:`find_weights`.
-
-    Raises:
-        as :func:`find_weights` and :func:`read_checkpoint`.
-    """
+    """:func:`read_checkpoint`'s weights of a path or URL, in the file's order, without the prefix that DDP adds."""
     weights = read_checkpoint(find_weights(path, who=who))["model"]
     return {name.removeprefix("module."): torch.as_tensor(value) for name, value in weights.items()}
 
 
 def _read_pickle(filename: str) -> dict:
     with open(filename, "rb") as file:
-        _check_pickle_size(file, os.path.getsize(filename))
+        for opcode, argument, _ in pickletools.genops(file):
+            # Python makes room for all numbers up to that of an object.
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > os.path.getsize(filename):
+                raise pickle.UnpicklingError(f"it numbers an object {argument}")
+        file.seek(0)
         loaded = _RestrictedUnpickler(file, encoding="latin1").load()
     if "model" in loaded and "__author__" in loaded:
         return loaded
@@ -104,7 +89,11 @@ def _read_pickle(filename: str) -> dict:
 
 
 def _read_torch(filename: str) -> dict:
-    _check_archive_size(filename)
+    if zipfile.is_zipfile(filename):
+        with zipfile.ZipFile(filename) as archive:
+            content = sum(item.file_size for item in archive.infolist())
+        if content > os.path.getsize(filename):  # compressed or overlapping, which torch writes neither
+            raise zipfile.BadZipFile(f"it unpacks to {content:,} bytes")
     loaded = torch.load(filename, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
         raise TypeError(f"it holds a {type(loaded).__name__}, expected a dict of tensors")
@@ -139,25 +128,7 @@ def _check_weights(weights) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}, expected a dense tensor or an array of numbers")
 
 
-def _check_pickle_size(file: BinaryIO, size: int) -> None:
-    """Refuse a pickle that numbers an object beyond its own size: Python makes room for all numbers up to that."""
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > size:
-            raise pickle.UnpicklingError(f"it numbers an object {argument}")
-    file.seek(0)
-
-
-def _check_archive_size(filename: str) -> None:
-    """Refuse an archive whose files are larger than itself, compressed or overlapping; torch writes neither."""
-    if zipfile.is_zipfile(filename):
-        with zipfile.ZipFile(filename) as archive:
-            content = sum(item.file_size for item in archive.infolist())
-        if content > os.path.getsize(filename):
-            raise zipfile.BadZipFile(f"it unpacks to {content:,} bytes")
-
-
 def _explain(filename: str, error: Exception) -> str:
-    size = os.path.getsize(filename)
     message = str(error)
     refused = re.search(r"(?:it holds|GLOBAL) ([\w.]+)", message)
     if isinstance(error, pickle.UnpicklingError) and refused:
@@ -168,7 +139,7 @@ def _explain(filename: str, error: Exception) -> str:
     # torch explains at length how to load the file all the same.
     message = re.split("Check the documentation|In PyTorch 2.6", message.rpartition("WeightsUnpickler error:")[2])[0]
     reason = " ".join(message.split())[:200] or type(error).__name__
-    return f"{filename} ({size:,} bytes) is truncated or not a checkpoint: {reason}."
+    return f"{filename} ({os.path.getsize(filename):,} bytes) is truncated or not a checkpoint: {reason}."
 
 
 def is_remote(path: str) -> bool:
@@ -178,30 +149,22 @@ def is_remote(path: str) -> bool:
 
 def write_aside(path: str, write: Callable[[BinaryIO], object]) -> None:
     """
-    Write a file under another name, and give it its own when all of it is on disk. A URL is written in place.
-
-    Args:
-        path: a file, or a URL that Detectron2's path manager can write.
-        write: is called with the open file.
-
-    Raises:
-        OSError: names the file.
+    Write a file under another name, and give it its own when all of it is on disk. A URL is written in place. ``write``
+    is called with the open file; an ``OSError`` names the path.
     """
     if is_remote(path):
         with PathManager.open(path, "wb") as file:
             write(file)
         return
     aside = f"{path}.tmp"
+    _remove(aside)  # left by a run that was killed; or a link, which must not lead out of the folder
     try:
-        if os.path.lexists(aside):
-            os.remove(aside)  # left by a run that was killed; or a link, which must not lead out of the folder
         with open(aside, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
     except BaseException as e:
-        if os.path.lexists(aside):
-            os.remove(aside)
+        _remove(aside)
         cause = e
         while isinstance(cause, RuntimeError):  # raised by torch.save while it handles the file's own error
             cause = cause.__context__
@@ -214,3 +177,8 @@ def write_aside(path: str, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)  # so that the new name outlives a power cut too
     finally:
         os.close(folder)
+
+
+def _remove(path: str) -> None:
+    if os.path.lexists(path):
+        os.remove(path)

@@ -15,17 +15,12 @@ logger = logging.getLogger(__name__)
 
 # The part that a feature pyramid adds to the network below it. Other parts are modules by their dotted names.
 PYRAMID = "fpn"
+_BELOW = "backbone.bottom_up."
 
 
 class Inherited(NamedTuple):
-    """
-    Attributes:
-        taken: names of the student's weights that are now the teacher's.
-        left: names of those that are not, with the reason.
-    """
-
-    taken: tuple[str, ...]
-    left: dict[str, str]
+    taken: tuple[str, ...]  # names of the student's weights that are now the teacher's
+    left: dict[str, str]  # names of those that are not, with the reason
 
 
 @torch.no_grad()
@@ -74,19 +69,15 @@ def _layer(name: str) -> str:
 
 
 def _weights(model: nn.Module, part: str, side: str) -> dict[str, Tensor]:
-    prefix = "backbone" if part == PYRAMID else part
-    below = "backbone.bottom_up."
-    state = {
-        name: value
-        for name, value in model.state_dict().items()
-        if name.startswith(f"{prefix}.") and not name.endswith("num_batches_tracked")  # a counter is no weight
-    }
+    every = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    has_pyramid = any(name.startswith(_BELOW) for name in every)
     if part == PYRAMID:
-        has_pyramid = any(name.startswith(below) for name in state)
-        state = {name: value for name, value in state.items() if has_pyramid and not name.startswith(below)}
+        state = {
+            n: v for n, v in every.items() if has_pyramid and n.startswith("backbone.") and not n.startswith(_BELOW)
+        }
+    else:
+        state = {name: value for name, value in every.items() if name.startswith(f"{part}.")}
     if not state:
-        parts = [name for name, module in model.named_children() if module.state_dict()]
-        if any(name.startswith(below) for name in model.state_dict()):
-            parts.append(PYRAMID)
+        parts = [name for name, module in model.named_children() if module.state_dict()] + [PYRAMID] * has_pyramid
         raise ValueError(unknown_name(f"part of the {side} in KD.INHERIT", part, parts) + " Dotted names work too.")
     return state

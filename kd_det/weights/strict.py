@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -11,11 +11,11 @@ from kd_det.backbones import TimmBackbone
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.files import find_weights
 
-__all__ = ["MisfitError", "check_initial_weights", "describe_misfits", "load_strictly", "misshapen"]
+__all__ = ["MisfitError", "check_initial_weights", "load_strictly", "misshapen", "refuse_misshapen"]
 
-# Keys of older checkpoints that today's models rebuild from their config or do without.
-_REBUILT_KEYS = ("anchor_generator.cell_anchors", "num_batches_tracked")
 _NORMALISATION_KEYS = ("pixel_mean", "pixel_std")
+# Keys of older checkpoints that today's models rebuild from their config or do without.
+_IGNORED = re.compile(r"anchor_generator\.cell_anchors|num_batches_tracked|^pixel_(mean|std)$")
 
 # The largest unfit share of a backbone's weights; deformable convolutions, which ImageNet weights lack, add up to a
 # quarter to a ResNet's.
@@ -26,17 +26,22 @@ _STAGE = re.compile(r"\b(res\d)\..*conv\d\.weight$")
 
 
 class MisfitError(ValueError):
-    """Weights that do not fit, found by a model that renames what it loads; see :func:`describe_misfits`."""
+    """Weights that do not fit, found by a model that renames what it loads."""
 
 
-def describe_misfits(*, most: int = 5, **kinds: Sequence[str]) -> str:
-    """
-    The number and the first weights of each kind of misfit: "2 missing (a, b); 7 unexpected (c, d and 5 more)".
+def misshapen(name: str, found: Iterable[int], expected: Iterable[int]) -> str:
+    return f"{name} is {tuple(found)}, expected {tuple(expected)}"
 
-    Args:
-        most: at most so many weights of a kind are named.
-        kinds: names by kind, e.g. ``missing``; "not_finite" is written "not finite".
-    """
+
+def refuse_misshapen(shapes: Iterable[tuple[str, torch.Size, torch.Size]], hint: str = "") -> None:
+    """Raise :class:`MisfitError` if found and expected shapes of weights that a model renamed differ."""
+    unfit = [misshapen(name, found, expected) for name, found, expected in shapes if found != expected]
+    if unfit:
+        raise MisfitError(_describe_misfits(misshapen=unfit) + hint)
+
+
+def _describe_misfits(*, most: int = 5, **kinds: Sequence[str]) -> str:
+    """The number and the first weights of each kind: "2 missing (a, b); 7 left over (c, d and 5 more)"."""
     texts = []
     for kind, items in kinds.items():
         more = f" and {len(items) - most} more" if len(items) > most else ""
@@ -45,45 +50,30 @@ def describe_misfits(*, most: int = 5, **kinds: Sequence[str]) -> str:
     return "; ".join(texts)
 
 
-def misshapen(name: str, found: Iterable[int], expected: Iterable[int]) -> str:
-    """One weight's entry in :func:`describe_misfits`."""
-    return f"{name} is {tuple(found)}, expected {tuple(expected)}"
-
-
 def load_strictly(model: nn.Module, path: str, *, who: str) -> dict:
     """
-    Load weights in any format that Detectron2 reads, and fail unless they are exactly the model's.
+    Load weights in any format that Detectron2 reads, and fail unless they are exactly the model's. Returns what else
+    the file holds, such as its ``metadata``.
 
     Args:
         model: a plain model.
         path: a file or URL that Detectron2's path manager knows.
         who: what messages call the model, e.g. "teacher 'x.yaml'".
 
-    Returns:
-        What else the file holds, such as its ``metadata``.
-
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged or refused file; or missing, unexpected or misshapen weights: lists the first names of
-            each kind.
+        ValueError: a damaged or refused file; missing, unexpected, misshapen or infinite weights; names the first.
     """
-    checkpointer, rest = _load(model, path, who)
-    unexpected = [
-        key
-        for key in checkpointer.unexpected
-        if key not in _NORMALISATION_KEYS and not any(rebuilt in key for rebuilt in _REBUILT_KEYS)
-    ]
-    missing = [key for key in checkpointer.missing if key not in _NORMALISATION_KEYS]
-    not_finite = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    found, rest = _load(model, path, who)
     problems = [
-        describe_misfits(
-            missing=missing,
-            unexpected=unexpected,
-            misshapen=list(checkpointer.misshapen.values()),
-            not_finite=not_finite,
+        _describe_misfits(
+            missing=[key for key in found.missing if key not in _NORMALISATION_KEYS],
+            unexpected=[key for key in found.unexpected if not _IGNORED.search(key)],
+            misshapen=list(found.misshapen.values()),
+            not_finite=[key for key, value in model.state_dict().items() if not torch.isfinite(value).all()],
         )
     ]
-    for key, trained_with in checkpointer.normalisation.items():
+    for key, trained_with in found.normalisation.items():
         trained_with = torch.as_tensor(trained_with).flatten().float()
         configured = getattr(model, key).flatten().float().cpu()
         if trained_with.shape != configured.shape or not torch.allclose(trained_with, configured, atol=1e-2):
@@ -95,41 +85,32 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> dict:
 
 def check_initial_weights(model: nn.Module, path: str, *, who: str) -> dict:
     """
-    Refuse weights of another network than the model's backbone. Detectron2 starts from what fits and warns of the rest.
-
-    Args:
-        model: a plain model with a ``backbone``; it loads the weights.
-        path: a file or URL that Detectron2's path manager knows.
-        who: what messages call the model.
-
-    Returns:
-        What else the file holds, such as its ``metadata``.
+    As :func:`load_strictly`, but refuses only weights of another network than the model's backbone. Detectron2 starts
+    from what fits and warns of the rest.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged or refused file, or one that lacks much of the backbone, has it in other shapes, or has
-            more blocks in the backbone's stages.
+        FileNotFoundError, ValueError: as there; or a file that lacks much of the backbone, has it in other shapes, or
+            has more blocks in the backbone's stages.
     """
-    checkpointer, rest = _load(model, path, who)
+    found, rest = _load(model, path, who)
     names = [name for name, p in model.named_parameters() if name.startswith("backbone.") and p.dim() > 1]
     own = [name for name in names if name.startswith("backbone.bottom_up.")] or names
     stages = {match[1] for match in map(_STAGE.search, own) if match}
     problems = {
-        "misshapen": [checkpointer.misshapen[key] for key in own if key in checkpointer.misshapen],
-        "missing": [key for key in own if key in checkpointer.missing],
-        "left_over": [key for key in checkpointer.unexpected if (m := _STAGE.search(key)) and m[1] in stages],
+        "misshapen": [found.misshapen[key] for key in own if key in found.misshapen],
+        "missing": [key for key in own if key in found.missing],
+        "left_over": [key for key in found.unexpected if (m := _STAGE.search(key)) and m[1] in stages],
     }
     if sum(map(len, problems.values())) > _MOST_UNFIT * len(own):
-        uses_timm = any(isinstance(module, TimmBackbone) for module in model.modules())
-        hint = (
-            "timm's own weights of the backbone belong in MODEL.TIMM.WEIGHTS; tools/convert_backbone.py --for converts "
-            "those of torchvision"
-            if uses_timm
-            else "tools/convert_backbone.py converts those of torchvision and timm to Detectron2's format"
-        )
+        hint = "tools/convert_backbone.py converts those of torchvision and timm to Detectron2's format"
+        if any(isinstance(module, TimmBackbone) for module in model.modules()):
+            hint = (
+                "timm's own weights of the backbone belong in MODEL.TIMM.WEIGHTS; tools/convert_backbone.py --for "
+                "converts those of torchvision"
+            )
         raise ValueError(
             f"The weights {path!r} are another network's than the backbone of the {who}, which has {len(own)}: "
-            f"{describe_misfits(most=1, **problems)}. ({hint}.)"
+            f"{_describe_misfits(most=1, **problems)}. ({hint}.)"
         )
     return rest
 
@@ -139,7 +120,7 @@ class _Collector(SafeCheckpointer):
 
     def _load_model(self, checkpoint):
         # Zoo checkpoints still carry the normalisation they were trained with; no model loads it any more.
-        self.normalisation: Mapping = {k: v for k, v in checkpoint["model"].items() if k in _NORMALISATION_KEYS}
+        self.normalisation = {k: v for k, v in checkpoint["model"].items() if k in _NORMALISATION_KEYS}
         matching = logging.getLogger("detectron2.checkpoint.c2_model_loading")
         try:
             matching.addFilter(_is_error)  # it warns twice of every weight that does not fit

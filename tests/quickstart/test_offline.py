@@ -2,7 +2,7 @@ import dataclasses
 import json
 import logging
 import os
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from torchvision.datasets import ImageFolder
 
+from kd_det.cli import digits
 from kd_det.data import DatasetError
 from kd_det.quickstart import offline
 from kd_det.quickstart.digits import load_sources, render_scene
@@ -165,21 +166,20 @@ def test_the_smallest_pictures_can_be_drawn(tmp_path):
 
 
 def test_tool(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     monkeypatch.setattr(logging, "basicConfig", lambda **kwargs: None)
-    import make_offline_dataset as tool
-
-    monkeypatch.setattr(tool.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(digits.signal, "signal", lambda *args: None)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     args = ["--num-train", "2", "--num-val", "2", "--size", "64", "--num-crops", "0", "--num-val-crops", "0"]
-    tool.main(args)
+    digits.main(args)
     assert capsys.readouterr().out == f"{tmp_path / 'digits'}: written\n"
     assert read_image(str(tmp_path / "digits" / "JPEGImages" / "val_000001.jpg")).shape == (64, 64, 3)
     assert not (tmp_path / "digits" / "classification").exists()
-    tool.main(args)
+    digits.main(args)
     assert "reused" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: .*seed 0 .asked for: 1.*--overwrite"):
-        tool.main([*args, "--seed", "1"])
-    with pytest.raises(SystemExit, match="error: num_train: expected 2 or more, found 0"):
-        tool.main(["--num-train", "0"])
-    sys.modules.pop("make_offline_dataset")
+    for argv, error in (
+        ([*args, "--seed", "1"], "error: .*seed 0 .asked for: 1.*--overwrite"),
+        (["--num-train", "0", "--overwrite"], "error: num_train: expected 2 or more, found 0"),
+    ):
+        with pytest.raises(SystemExit):
+            digits.main(argv)
+        assert re.search(error, capsys.readouterr().err)

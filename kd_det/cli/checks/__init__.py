@@ -10,23 +10,25 @@ import os
 
 from detectron2.config import CfgNode
 
+from kd_det.classification.checks import check_input
+from kd_det.classification.data import check_classes
 from kd_det.classification.trainer import is_classifier
-from kd_det.cli.checks import classes, classification, data, evaluation, model, output_dir, solver
-from kd_det.cli.checks.planned_run import PlannedRun
+from kd_det.cli.checks import classes, data, model
+from kd_det.cli.checks.run import PlannedRun, check_folder, check_processes, check_solver
 from kd_det.engine.stopping import restartable
 
 __all__ = ["PlannedRun", "check_run"]
 
 # In this order: the cheap ones first.
 CHECKS = (
-    output_dir.check_output_dir,
-    solver.check_solver,
-    solver.check_processes,
-    evaluation.check_there_is_something_to_evaluate,
+    lambda run: check_folder(run.cfg.OUTPUT_DIR, run.args),
+    check_solver,
+    check_processes,
+    data.check_there_is_something_to_evaluate,
     model.check_model,
     model.check_norms,
     model.check_weights,
-    evaluation.check_test_time_augmentation,
+    data.check_test_time_augmentation,
 )
 DETECTOR_CHECKS = (
     data.check_input,
@@ -34,24 +36,23 @@ DETECTOR_CHECKS = (
     data.check_boxes_to_train_on,
     classes.check_class_lists,
     classes.check_teacher_classes,
-    evaluation.check_evaluators,
-    evaluation.check_keypoints,
+    data.check_evaluators,
+    data.check_keypoints,
 )
 CLASSIFIER_CHECKS = (
-    classification.check_input,
-    classification.check_folders,
+    lambda run: check_input(run.cfg),
+    lambda run: check_classes(run.cfg, run.training_sets + run.test_sets),
 )
 
 
 @restartable()
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
-    Check everything that can be known before training: solver values, the output folder, the networks with their
-    taps, losses and teacher's weights (they are built once, on the CPU), the initial weights, the data sets.
+    Check everything that can be known before training. Under torchrun, only the first process of each machine checks.
 
-    With ``--teacher`` and without ``--losses``, the losses and levels are chosen here, where both networks are built,
-    and appended to ``args.opts`` for the processes that train. What deserves a warning is left in ``args.warnings``.
-    Under torchrun, only the first process of each machine checks.
+    With ``--teacher`` and without ``--losses``, the losses and levels are chosen here, where both networks are built
+    (once, on the CPU), and appended to ``args.opts`` for the processes that train. What deserves a warning is left in
+    ``args.warnings``.
 
     Args:
         cfg: the config of the run.
@@ -66,9 +67,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return cfg
     run = PlannedRun(cfg, args)
-    for check in CHECKS:
-        check(run)
-    for check in CLASSIFIER_CHECKS if is_classifier(cfg) else DETECTOR_CHECKS:
+    for check in (*CHECKS, *(CLASSIFIER_CHECKS if is_classifier(cfg) else DETECTOR_CHECKS)):
         check(run)
     args.warnings = run.warnings
     return run.cfg

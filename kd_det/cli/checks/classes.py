@@ -4,12 +4,10 @@ import os
 
 from detectron2.data import MetadataCatalog
 
-from kd_det.cli.checks.planned_run import PlannedRun
+from kd_det.cli.checks.run import PlannedRun
 from kd_det.errors import UserError
 from kd_det.student import student_class
 from kd_det.teachers.build import get_teacher_cfg
-
-__all__ = ["check_class_lists", "check_teacher_classes"]
 
 # Where the number of classes of a meta-architecture stands in its config.
 _NUM_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}

@@ -1,17 +1,18 @@
-"""What the config does to an image, and the data sets of a detector's run."""
+"""What the config does to an image, the data sets of a run, and whether what was trained can be evaluated on them."""
+
+import os
 
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.modeling import GeneralizedRCNN
 from PIL import Image
 
-from kd_det.cli.checks.building import naming
-from kd_det.cli.checks.planned_run import PlannedRun
-from kd_det.data import check_dataset, evaluator_type
-from kd_det.errors import UserError
+from kd_det.cli.checks.run import PlannedRun, naming
+from kd_det.data import check_dataset, check_voc_evaluation, evaluator_type
+from kd_det.engine.trainer import EVALUATORS
+from kd_det.errors import UserError, unknown_name
 from kd_det.random_state import preserved_random_state
-
-__all__ = ["check_boxes_to_train_on", "check_datasets", "check_input"]
 
 # What annotations must hold, by the option of the config that needs it.
 _ANNOTATION_KEYS = {"MASK_ON": "segmentation", "KEYPOINT_ON": "keypoints"}
@@ -62,3 +63,48 @@ def check_boxes_to_train_on(run: PlannedRun) -> None:
                 f"data set '{name}' has no annotation to train on, and its images are left out "
                 f"(DATALOADER.FILTER_EMPTY_ANNOTATIONS True)"
             )
+
+
+def check_there_is_something_to_evaluate(run: PlannedRun) -> None:
+    if run.trains:
+        return
+    if not run.test_sets:
+        raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on")
+    resumes = run.args.resume and os.path.isfile(os.path.join(run.cfg.OUTPUT_DIR, "last_checkpoint"))
+    if not run.cfg.MODEL.WEIGHTS and not resumes:
+        raise UserError("MODEL.WEIGHTS is empty: there is nothing to evaluate")
+
+
+def check_evaluators(run: PlannedRun) -> None:
+    for name in run.test_sets:
+        kind = evaluator_type(name)
+        if kind not in EVALUATORS:
+            raise UserError(f"data set '{name}': {unknown_name('evaluator_type', kind, EVALUATORS)}")
+        if kind == "pascal_voc":
+            check_voc_evaluation(name)
+        if kind == "coco" and not run.datasets[name].thing_classes:
+            raise UserError(f"data set '{name}' cannot be evaluated: its metadata lacks thing_classes, the class names")
+
+
+def check_keypoints(run: PlannedRun) -> None:
+    """The network's keypoints are the data's, and COCO's evaluation, which knows 17 sigmas, has one for each."""
+    if not run.cfg.MODEL.KEYPOINT_ON:
+        return
+    configured, sigmas = run.cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, run.cfg.TEST.KEYPOINT_OKS_SIGMAS
+    for name, summary in run.datasets.items():
+        if others := summary.num_keypoints - {configured}:
+            key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+            raise UserError(f"data set '{name}' has {min(others)} keypoints an object and {key} is {configured}")
+    if any(evaluator_type(name) == "coco" for name in run.test_sets) and len(sigmas or range(17)) != configured:
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} numbers, and evaluation needs one for each of the "
+            f"{configured} keypoints" + ("" if sigmas else " (COCO's own are for its 17)")
+        )
+
+
+def check_test_time_augmentation(run: PlannedRun) -> None:
+    if run.cfg.TEST.AUG.ENABLED and not isinstance(run.student, GeneralizedRCNN):
+        raise UserError(
+            f"TEST.AUG.ENABLED: Detectron2 has test-time augmentation for GeneralizedRCNN, the student is "
+            f"{type(run.student).__name__}"
+        )

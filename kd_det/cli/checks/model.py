@@ -3,9 +3,8 @@
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from kd_det.cli.checks.building import naming
-from kd_det.cli.checks.planned_run import PlannedRun
-from kd_det.cli.teacher import choose_losses, losses_to_choose
+from kd_det.cli.checks.run import PlannedRun, naming
+from kd_det.cli.teacher import choose_losses
 from kd_det.config_file import merge_options
 from kd_det.distiller import Distiller
 from kd_det.errors import IMPORT_HINT, UserError, unknown_name
@@ -15,8 +14,6 @@ from kd_det.student import build_student
 from kd_det.teachers import build_teacher
 from kd_det.weights.backbone_file import check_normalisation
 from kd_det.weights.strict import check_initial_weights, load_strictly
-
-__all__ = ["check_model", "check_norms", "check_weights"]
 
 
 def check_model(run: PlannedRun) -> None:
@@ -35,7 +32,7 @@ def check_model(run: PlannedRun) -> None:
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
     with preserved_random_state(), naming("the model of this config"):
-        if not losses_to_choose(run.args):
+        if not run.args.teacher or run.args.eval_only:
             run.model = build_model(on_cpu)
             missing = getattr(run.model, "missing_teacher", None)
             if missing is not None and run.trains:

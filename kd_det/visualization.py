@@ -1,0 +1,90 @@
+"""
+What a run looks like: pictures of detections side by side, and tables of results.
+
+Images are (H, W, 3) uint8, BGR; drawings are ``width`` pixels wide.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from detectron2.data import Metadata
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import VisImage, Visualizer
+from tabulate import tabulate
+
+__all__ = ["comparison_table", "detection_grid", "draw_detections", "draw_ground_truth", "seeds_table"]
+
+_GAP = 6  # pixels between panels
+_TITLE = 22  # height of the line of titles in pixels; the baseline of its text is at 20
+
+
+def draw_ground_truth(image: np.ndarray, record: dict, metadata: Metadata, *, width: int = 320) -> np.ndarray:
+    """Draw the annotations of a dataset dict, with the class names of ``metadata``."""
+    return _bgr(_visualizer(image, metadata, width).draw_dataset_dict(record))
+
+
+def draw_detections(
+    image: np.ndarray, instances: Instances, metadata: Metadata, *, width: int = 320, min_score: float = 0.5
+) -> np.ndarray:
+    """Draw what a detector found in the image with ``min_score`` or more."""
+    instances = instances.to("cpu")
+    found = instances[instances.scores >= min_score]
+    return _bgr(_visualizer(image, metadata, width).draw_instance_predictions(found))
+
+
+def detection_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """
+    Put panels into one picture, a title (in ASCII) above each column.
+
+    Raises:
+        ValueError: no row, rows of other lengths than ``titles``, panels of several widths, or of several heights in a
+            row.
+    """
+    if not rows or any(len(row) != len(titles) for row in rows):
+        raise ValueError(f"Expected rows of {len(titles)} panels, found {[len(row) for row in rows]}.")
+    width = rows[0][0].shape[1]
+    header = [np.full((_TITLE, width, 3), 255, np.uint8) for _ in titles]
+    for panel, title in zip(header, titles):
+        cv2.putText(panel, title, (2, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    lines = []
+    for row in (header, *rows):
+        sizes = [panel.shape[:2] for panel in row]
+        if set(sizes) != {(sizes[0][0], width)}:
+            raise ValueError(f"Expected panels of width {width} and one height a row, found (height, width) {sizes}.")
+        padded = [np.pad(panel, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=255) for panel in row]
+        lines.append(np.concatenate(padded, axis=1)[:, :-_GAP])
+    return np.concatenate(lines)
+
+
+def comparison_table(rows: Sequence[tuple[str, int, Mapping[str, float]]]) -> str:
+    """A Markdown table of models: name, number of parameters and metrics (see :func:`kd_det.study.read_metrics`)."""
+    table = [
+        (name, f"{parameters:,}", f"{m.get('time', math.nan):.3f}", f"{m['bbox/AP']:.1f}", f"{m['bbox/AP50']:.1f}")
+        for name, parameters, m in rows
+    ]
+    return _markdown(table, ("model", "parameters", "s / step", "AP", "AP50"))
+
+
+def seeds_table(names: tuple[str, str], results: Mapping[int, tuple[float, float]]) -> str:
+    """A Markdown table of two models' AP by seed, the second minus the first, and the means."""
+    rows = [(str(seed), *pair, pair[1] - pair[0]) for seed, pair in results.items()]
+    if len(rows) > 1:
+        rows.append(("mean", *(statistics.mean(column) for column in list(zip(*rows))[1:])))
+    table = [(seed, f"{a:.1f}", f"{b:.1f}", f"{gain:+.1f}") for seed, a, b, gain in rows]
+    return _markdown(table, ("seed", *(f"AP {name}" for name in names), "difference"))
+
+
+def _visualizer(image: np.ndarray, metadata: Metadata, width: int) -> Visualizer:
+    return Visualizer(image[:, :, ::-1], metadata, scale=width / image.shape[1])
+
+
+def _bgr(drawn: VisImage) -> np.ndarray:
+    return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
+
+
+def _markdown(table: list[tuple], headers: tuple[str, ...]) -> str:
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
