@@ -80,6 +80,12 @@ def test_waits_do_not_grow_with_images_or_levels(tmp_path):
     assert few == more == 1
 
 
+def test_matching_the_regions_of_a_cascade_waits_for_no_image(tmp_path):
+    sizes = ((64, 96), (48, 64), (64, 64), (32, 96))
+    waits, _, where = added(tmp_path, ["DKD"], lambda: batch(sizes), **CASCADE)
+    assert waits <= MOST_WAITS, where
+
+
 @pytest.mark.parametrize(
     "opts",
     [

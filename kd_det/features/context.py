@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions
+from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions, to_device
 
 __all__ = ["StepContext", "normalised_images", "to_device", "valid_mask", "valid_sizes"]
 
@@ -57,12 +57,6 @@ def normalised_images(model: nn.Module, batched_inputs: List[Dict]) -> ImageList
     height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes))
     padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes)]
     return ImageList(torch.stack(padded), sizes)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device. For a GPU the copy is made from pinned memory, and the host does not wait."""
-    is_cuda = device.type == "cuda"
-    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
 
 
 @dataclass(eq=False)

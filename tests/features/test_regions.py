@@ -1,10 +1,10 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, pairwise_iou
 
 from kd_det.features.context import StepContext, valid_mask
-from kd_det.features.regions import RegionHead, RegionTaps
+from kd_det.features.regions import RegionHead, RegionOutputs, RegionTaps, SampledRegions
 from tests.tiny import NUM_CLASSES, batch, tiny_cfg
 
 
@@ -100,3 +100,22 @@ class TestRegionTaps:
     def test_regions_that_were_not_recorded(self):
         with pytest.raises(RuntimeError, match="needs_regions = True"):
             StepContext([(64, 96)], (64, 96)).region_pairs()
+
+
+def test_regions_are_matched_as_by_the_heads_own_matcher():
+    opts = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True}
+    heads = build_model(tiny_cfg(**opts)).roi_heads
+    truth = [x["instances"] for x in batch(((64, 96), (48, 64), (64, 64)))]
+    shifted = [torch.cat([t.gt_boxes.tensor + 3 * torch.randn(len(t), 4) for _ in range(6)]) for t in truth]
+    boxes = [Boxes(x) for x in shifted]
+    truth[1] = truth[1][:0]
+    outputs = RegionOutputs(*torch.empty(3, 0))
+    for stage, matcher in enumerate(heads.proposal_matchers):
+        targets = RegionHead(heads).label(SampledRegions(boxes, outputs), truth, stage)
+        for t, b, found in zip(truth, boxes, targets.classes.split(18)):
+            expected = torch.full((18,), NUM_CLASSES)
+            if len(t):
+                index, label = matcher(pairwise_iou(t.gt_boxes, b))
+                expected = torch.where(label == 1, t.gt_classes[index], NUM_CLASSES)
+            assert torch.equal(found, expected)
+        assert targets.foreground.any()
