@@ -24,7 +24,7 @@ def student_class(cfg: CfgNode):
     name = cfg.KD.STUDENT.META_ARCHITECTURE if distils else cfg.MODEL.META_ARCHITECTURE
     registered = {name: architecture for name, architecture in META_ARCH_REGISTRY if name != DISTILLER}
     if name not in registered:
-        raise ValueError(unknown_name(key, name, registered))
+        raise ValueError(unknown_name(key, name, registered if distils else [*registered, DISTILLER]))
     return registered[name]
 
 

@@ -1,5 +1,6 @@
 """From the config of any detector to that of a distillation run: ``--teacher`` and ``--losses``."""
 
+import logging
 import re
 
 from detectron2.config import CfgNode
@@ -13,6 +14,8 @@ from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
 
 __all__ = ["add_teacher", "choose_losses", "name_teacher"]
+
+logger = logging.getLogger(__name__)
 
 # Stands in KD.LOSSES until choose_losses has seen both networks; no loss has this name.
 UNDECIDED = ("chosen with the networks",)
@@ -31,16 +34,21 @@ def name_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) 
 def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=()) -> list:
     """
     What completes the config of :func:`name_teacher` where its networks are known, as KEY, VALUE, KEY, VALUE, ...: the
-    default losses, ``NST`` and, if both have ROI heads, ``SoftTarget``; and taps on pyramid levels restricted to those
-    that both backbones have, unless the user's ``opts`` hold the key.
+    default losses, ``NST`` and, if both have ROI heads for as many classes, ``SoftTarget``; and taps on pyramid levels
+    restricted to those that both backbones have, unless the user's ``opts`` hold the key.
 
     Raises:
         ValueError: an unknown loss, or no level in common.
     """
     ret, losses = [], tuple(cfg.KD.LOSSES)
     if losses == UNDECIDED:
-        with_regions = all(getattr(network, "roi_heads", None) is not None for network in (student, teacher))
-        losses = ("NST", "SoftTarget") if with_regions else ("NST",)
+        classes = [getattr(getattr(network, "roi_heads", None), "num_classes", None) for network in (student, teacher)]
+        losses = ("NST", "SoftTarget") if classes[0] is not None and classes[0] == classes[1] else ("NST",)
+        if None not in classes and classes[0] != classes[1]:
+            logger.warning(
+                f"--teacher: distilled by NST alone. Soft targets compare class by class, and the student has "
+                f"{classes[0]} classes, the teacher {classes[1]}."
+            )
         ret += ["KD.LOSSES", str(losses)]
     shapes = [network.backbone.output_shape() for network in (student, teacher)]
     shared = [level for level in shapes[0] if level in shapes[1]]

@@ -5,7 +5,7 @@ import logging
 from torch import nn
 from torch.optim import Optimizer
 
-from kd_det.errors import first_few
+from kd_det.errors import UserError, first_few
 
 __all__ = ["RESUME_SOLVER", "check_optimizer_state", "load_optimizer"]
 
@@ -26,10 +26,10 @@ _KEYS = {
 def check_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict) -> None:
     """
     Raises:
-        ValueError: a saved state of other parameters than the optimizer's; names those whose shapes changed.
+        UserError: a saved state of other parameters than the optimizer's; names those whose shapes changed.
     """
     if problem := _misfit(model, optimizer, saved):
-        raise ValueError(
+        raise UserError(
             f"The checkpoint is of a run with other losses or another model: {problem}. To start from its weights, set "
             f"MODEL.WEIGHTS to it, without --resume."
         )

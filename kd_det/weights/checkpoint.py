@@ -8,6 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
+from kd_det.errors import UserError
 from kd_det.weights.files import find_weights, is_remote, read_checkpoint, write_aside
 
 __all__ = ["SafeCheckpointer"]
@@ -67,6 +68,8 @@ class SafeCheckpointer(DetectionCheckpointer):
                 raise ValueError(f"{last} does not hold a name.") from None
             _on_every_process(lambda: self._check_exists(latest))
             return self.load(latest)
+        except UserError:  # the checkpoint is good, and of another run than this one
+            raise
         except (ValueError, OSError) as e:
             earlier = self._readable_checkpoint_before(latest)
             hint = f"The one before it is {earlier}: to resume from it, write its name into {last}."

@@ -307,6 +307,14 @@ def test_a_student_without_roi_heads_gets_nst_on_the_shared_levels(tmp_path):
     build_model(cfg)
 
 
+def test_a_teacher_of_other_classes_is_distilled_without_soft_targets(tmp_path, caplog):
+    teacher = teacher_file(tmp_path)
+    cfg = tiny_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)
+    add_teacher(cfg, teacher, weights=str(tmp_path / "t.pth"))
+    assert cfg.KD.LOSSES == ("NST",) and "5 classes, the teacher 3" in caplog.text
+    build_model(cfg)
+
+
 def test_the_users_own_keys_win(tmp_path):
     args = arguments(
         tmp_path, tiny_cfg(), "--teacher", teacher_file(tmp_path), "--teacher-weights", str(tmp_path / "t.pth"),
