@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Dict, List, Optional
 
@@ -112,6 +113,8 @@ class Distiller(nn.Module):
         )
         if needs_regions:
             self._region_taps = RegionTaps(RegionHead(getattr(student, "roi_heads", None), side="student"))
+        # The student outlives the Distiller; the teacher must not live on in a hook of it.
+        weakref.finalize(self, _remove, [*self._student_taps.handles, *self._teacher.handles])
         self._warned_of_frozen_taps = False
 
     @classmethod
@@ -267,6 +270,11 @@ class Distiller(nn.Module):
                 loss.load_state_dict(saved)
             elif own:
                 logger.info(f"The weights hold no state for {loss.key}: its connectors and margins start anew.")
+
+
+def _remove(handles: list) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def image_sizes(batched_inputs: List[Dict]) -> List[tuple[int, int]]:

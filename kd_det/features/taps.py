@@ -97,6 +97,7 @@ class Taps:
         self._are_levels = set(self._places) <= set(tap_names(model))
         self._values: Dict[str, List[Tuple[Tensor, Optional[int]]]] = {}
         self.is_recording = self._stops = False
+        self.handles: list = []  # of the hooks, to remove them
         for name, place in self._places.items():
             _Hook(self, name, place)
 
@@ -169,10 +170,10 @@ class _Hook:
         self._taps, self._name, self._key = taps, name, place.key
         self._modes: List[_ReLUInput] = []
         if place.pre_activation:
-            place.module.register_forward_pre_hook(self.enter)
-            place.module.register_forward_hook(self.leave, always_call=True)
+            taps.handles.append(place.module.register_forward_pre_hook(self.enter))
+            taps.handles.append(place.module.register_forward_hook(self.leave, always_call=True))
         else:
-            place.module.register_forward_hook(self.read)
+            taps.handles.append(place.module.register_forward_hook(self.read))
 
     def read(self, module, args, output):
         if self._taps.is_recording:

@@ -91,9 +91,12 @@ class Teacher:
         self._outputs: Dict[str, Tensor] = {}
         # Hooks that stay, switched by what is pending: attaching them anew would make compiled networks compile anew.
         # Before those of the networks themselves, which may resize their images.
-        student.backbone.register_forward_pre_hook(self._before_student, prepend=True)
-        model.backbone.register_forward_pre_hook(self._enter_backbone, prepend=True)
-        model.backbone.register_forward_hook(self._leave_backbone)
+        self.handles = [
+            *self.taps.handles,
+            student.backbone.register_forward_pre_hook(self._before_student, prepend=True),
+            model.backbone.register_forward_pre_hook(self._enter_backbone, prepend=True),
+            model.backbone.register_forward_hook(self._leave_backbone),
+        ]
 
     def __deepcopy__(self, memo):
         return self
@@ -104,6 +107,9 @@ class Teacher:
         self._pending, self._maps = batched_inputs, None
         try:
             yield
+        except BaseException:
+            self._maps = None
+            raise
         finally:
             self._pending = None
 
