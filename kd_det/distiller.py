@@ -196,7 +196,8 @@ class Distiller(nn.Module):
                 losses[loss.key] = self._zero(loss)
                 continue
             own, theirs = _at(features, loss.student_taps), _at(taught.features, loss.teacher_taps)
-            losses[loss.key] = factors[name] * loss(own, theirs, context)
+            value = loss(own, theirs, context)
+            losses[loss.key] = value if factors[name] == 1 else factors[name] * value
         return losses
 
     @torch.no_grad()

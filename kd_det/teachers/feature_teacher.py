@@ -45,7 +45,7 @@ class _Features(Backbone):
         self._levels: Dict[str, str] = {}
         for name in outputs:
             level = round(math.log2(shapes[name].stride))
-            # Of several maps with one stride, the last.
+            # The last of several maps with one stride.
             self._levels |= {alias: name for alias in (f"p{level}", f"res{level}") if alias not in shapes}
         shapes |= {alias: shapes[name] for alias, name in self._levels.items()}
         self._out_features = [*outputs, *self._levels]

@@ -197,7 +197,7 @@ class Teacher:
         own = tuple(images.shape[-2:])
         self._covered = self._canvas or own
         multiple = max(getattr(module, "size_divisibility", 1), 1)
-        # Of plain vision transformers, in Detectron2 main.
+        # Detectron2 main's plain vision transformers want squares.
         square = getattr(module, "padding_constraints", {}).get("square_size", 0)
         height, width = (-(-max(c, s, square) // multiple) * multiple for c, s in zip(self._covered, own))
         self._padded = (height, width)
