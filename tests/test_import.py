@@ -1,7 +1,14 @@
 """``import kd_det`` registers meta-architectures and losses, and does nothing else."""
 
+import runpy
 import subprocess
 import sys
+
+import pytest
+import torch
+from torch.torch_version import TorchVersion
+
+from kd_det import compat
 
 CODE = """
 import sys
@@ -25,3 +32,9 @@ assert not loaded, loaded
 def test_importing_needs_no_opencv_and_registers_no_data_set():
     """D36"""
     subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], check=True)
+
+
+def test_an_old_pytorch_is_refused_in_one_line(monkeypatch):  # D35
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.2.2"))
+    with pytest.raises(ImportError, match="kd_det needs PyTorch 2.6 or newer, found 2.2.2"):
+        runpy.run_path(compat.__file__)
