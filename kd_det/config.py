@@ -98,6 +98,16 @@ def add_kd_config(cfg: CN) -> None:
     # T: both softmaxes are taken at logits / T, and the loss is multiplied by T^2.
     node.TEMPERATURE = 2.0
 
+    # Soft targets on the logits of the mask head, pixel by pixel, on the student's foreground regions.
+    node = add_loss_config(cfg, "MASK_SOFT_TARGET", weight=1.0)
+    # T of the sigmoids; 1 in pixel-wise distillation (arXiv 1903.04197).
+    node.TEMPERATURE = 1.0
+
+    # Soft targets on the heatmaps of the keypoint head, on the student's foreground regions.
+    node = add_loss_config(cfg, "KEYPOINT_SOFT_TARGET", weight=1.0)
+    # T of the softmaxes over a heatmap's positions; 1 in DWPose (arXiv 2307.15880).
+    node.TEMPERATURE = 1.0
+
     # Teacher-bounded box regression (Chen et al., NIPS 2017) on the student's sampled foreground regions.
     node = add_loss_config(cfg, "BOUNDED_REGRESSION", weight=1.0)
     # m of Eq. 4: a student better than the teacher by this squared error is left alone.

@@ -35,12 +35,14 @@ class DistillationLoss(nn.Module):
         name: the loss is logged as ``loss_<name>`` and configured by ``KD.<NAME>``.
         needs_taps: whether it compares maps at taps, and so needs at least one. A loss on regions needs none.
         needs_regions: whether it reads ``context.region_pairs()``; both networks must then have ROI heads.
+        branch: "mask" or "keypoint" if it reads ``context.branch_pair(branch)``; both networks must then have the head.
         compares_classes: whether it compares class by class; both networks must then have the same classes.
     """
 
     name: str
     needs_taps = True
     needs_regions = False
+    branch: Optional[str] = None
     compares_classes = False
 
     def __init__(
@@ -110,7 +112,7 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: the loss needs taps and has none, or taps on regions.
         """
-        if self.needs_taps and not self.needs_regions and not self.student_taps:
+        if self.needs_taps and not self.needs_regions and not self.branch and not self.student_taps:
             raise ValueError(
                 f"{type(self).__name__} compares maps and has no taps: name at least one place in "
                 f"KD.{self.name.upper()}.STUDENT_TAPS, such as 'p3'."
