@@ -20,11 +20,13 @@ from kd_det.backbones.timm_backbone import flat_key, timm_feature_network, timm_
 from kd_det.errors import unknown_name
 from kd_det.features.context import normalised_images
 from kd_det.random_state import preserved_random_state
+from kd_det.student import student_class
 from kd_det.teachers.networks import expected_images
+from kd_det.teachers.sources import TeacherSource, register_teacher_source
 from kd_det.weights.backbone_file import IMAGENET_METADATA
 from kd_det.weights.strict import refuse_misshapen
 
-__all__ = ["FeatureTeacher", "configure_feature_teacher", "torchvision_teacher"]
+__all__ = ["FeatureTeacher", "LibraryTeacher", "torchvision_teacher"]
 
 # A multiple of 14, 16 and 64, the strides of all common networks.
 _PROBE_SIDE = 448
@@ -179,15 +181,22 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
     return FeatureTeacher(**_of_torchvision_detector(detector))
 
 
-def configure_feature_teacher(cfg: CfgNode, name: str) -> None:
+@register_teacher_source("torchvision")
+@register_teacher_source("timm")
+class LibraryTeacher(TeacherSource):
     """
-    Turn a config into that of a :class:`FeatureTeacher`, in place, from "torchvision://NAME" (a detector, or a
-    classifier of the ResNet family) or "timm://NAME".
+    A network of torchvision or timm by its name: the features of a detector, of a classifier of the ResNet family, or
+    of any network of timm. A student that is a classifier takes a classifier whole.
     """
-    cfg.MODEL.META_ARCHITECTURE = FeatureTeacher.__name__
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 90  # of torchvision's COCO weights, with gaps; its head is built and left out
-    cfg.INPUT.FORMAT = "RGB"
-    cfg.KD.TEACHER.CONFIG_FILE = name
+
+    def configure(self, cfg: CfgNode, student: CfgNode) -> None:
+        whole = getattr(student_class(student), "configure_teacher", None)
+        if whole is not None:
+            whole(cfg, self.name)
+            return
+        cfg.MODEL.META_ARCHITECTURE = FeatureTeacher.__name__
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 90  # of torchvision's COCO weights, with gaps; its head is built and left out
+        cfg.INPUT.FORMAT = "RGB"
 
 
 def _inner(key: str) -> str:

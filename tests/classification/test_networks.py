@@ -124,7 +124,7 @@ def test_the_backbone_of_a_timm_network_is_a_detectors(tmp_path):
         ("torchvision://resnet51", "Unknown classifier of torchvision 'resnet51'. Did you mean 'resnet"),
         ("timm://mobilenet_v9", "Unknown model of timm 'mobilenet_v9'. Did you mean 'mobilenet"),
         ("timm://resnet50.no_such", "no variant 'resnet50.no_such'"),
-        ("torchvison://resnet50", "is a URL. Expected .* torchvision://NAME or timm://NAME"),
+        ("torchvison://resnet50", "is a URL. Expected .* as timm://NAME, torchvision://NAME"),
     ],
 )
 def test_names_that_do_not_exist(name, message):
