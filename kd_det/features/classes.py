@@ -97,9 +97,10 @@ def match_classes(
             f"and {len(teacher_classes)} for the teacher's {teacher} (KD.TEACHER.CLASSES)."
         )
     by_name = bool(student_classes and teacher_classes)
+    are_alike = not by_name or list(student_classes) == list(teacher_classes)
+    if student == teacher and are_alike and not class_map:
+        return None
     if not by_name and not class_map:
-        if student == teacher:
-            return None
         raise ValueError(
             f"the student has {student} classes and the teacher {teacher}, and the names of the "
             f"{'teacher' if student_classes else 'student'}'s are not known. Make their numbers equal "
@@ -120,10 +121,9 @@ def match_classes(
     if student == teacher and pairs == {i: i for i in range(student)}:
         return None
     names = [student_classes[i] if i < len(student_classes) else str(i) for i in range(student)]
-    missing = [name for i, name in enumerate(names) if i not in pairs]
-    message = f"The teacher knows {len(pairs)} of the student's {student} classes: "
-    message += first_few([names[i] for i in sorted(pairs)], most=len(names))
-    message += f"; it teaches nothing about {first_few(missing, most=len(names))}." if missing else "."
+    shared, missing = (", ".join(n for i, n in enumerate(names) if (i in pairs) == known) for known in (True, False))
+    message = f"The teacher knows {len(pairs)} of the student's {student} classes: {shared}"
+    message += f"; it teaches nothing about {missing}." if missing else "."
     log_first_n(logging.WARNING if missing else logging.INFO, message, name=__name__, key="message")
     return ClassMatch(pairs, student, teacher)
 

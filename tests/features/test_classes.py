@@ -7,8 +7,9 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
+from kd_det import Distiller
 from kd_det.features.classes import match_classes
-from kd_det.losses import binary_soft_target_loss, bounded_regression_loss, dist_loss, dkd_loss
+from kd_det.losses import SoftTargetLoss, binary_soft_target_loss, bounded_regression_loss, dist_loss, dkd_loss
 from tests.losses.test_soft_target import naive_kl
 from tests.tiny import batch, distillation_cfg, tiny_cfg, tiny_retinanet_cfg
 from tests.tiny_run import write_coco
@@ -27,6 +28,7 @@ def pairs(student, teacher, class_map=(), *, counts=None):
     "student, teacher, class_map, expected",
     [
         (ABC, ABC, (), None),
+        (["x", "x"], ["x", "x"], (), None),
         (ABC, ["c", "b", "a"], (), [(0, 2), (1, 1), (2, 0), (3, 3)]),
         (ABC, ["x", "c", "y", "a"], (), [(0, 3), (2, 1), (3, 4)]),  # background last
         (["Dining_Table", "pottedplant"], ["potted plant", "dining-table"], (), [(0, 1), (1, 0), (2, 2)]),
@@ -180,6 +182,16 @@ def test_the_same_classes_are_as_if_nothing_was_known(tmp_path, mine):
         torch.manual_seed(0)
         values.append(run(tmp_path, "SoftTarget", mine, tiny_cfg(depth=50, width=8), **known)[-1])
     assert values[0] == values[1] > 0
+
+
+def test_without_a_config():
+    student, teacher = build_model(tiny_cfg()), build_model(tiny_cfg(depth=50, MODEL__ROI_HEADS__NUM_CLASSES=4))
+    names = {"student_classes": ABC, "teacher_classes": ["c", "x", "y", "b"]}
+    loss = SoftTargetLoss(temperature=2.0, **names)
+    Distiller(student=student, teacher=teacher, losses=[loss], input_format="BGR")
+    assert loss.classes.teacher.tolist() == [3, 0, 4]
+    with pytest.raises(ValueError, match="the student has 3 classes and the teacher 4"):
+        Distiller(student=student, teacher=teacher, losses=[SoftTargetLoss()], input_format="BGR")
 
 
 def test_shared_classes_are_indifferent_to_the_others(tmp_path):
