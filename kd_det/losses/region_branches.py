@@ -27,9 +27,9 @@ def keypoint_soft_target_loss(
     ``T^2 KL(softmax(t / T) || softmax(s / T))`` over the positions of each keypoint's heatmap, averaged over keypoints:
     :func:`soft_target_loss` in which positions are the classes, as they are in the task loss of Keypoint R-CNN.
 
-    DWPose (arXiv 2307.15880, section 3.1) counts invisible keypoints too, on crops that hold the whole person. Here a
-    region often holds a part, and the softmax over it must sum to 1 even if the keypoint is elsewhere. So a keypoint
-    should count only where the task loss counts it: where it is visible and inside the region.
+    DWPose (arXiv 2307.15880) counts invisible keypoints too, on crops that hold the whole person. A detector's region
+    often holds a part, and its softmax must sum to 1 even if the keypoint is elsewhere; so pass as ``visible`` the
+    keypoints that the task loss counts, which are labelled visible and lie inside the region.
 
     Args:
         student: heatmaps (R, K, S, S) of K keypoints in R regions.
@@ -150,7 +150,7 @@ def _resize(teacher: Tensor, student: Tensor) -> Tensor:
     size = student.shape[-2:]
     if teacher.shape[-2:] == size or not len(teacher):
         return teacher.reshape(*teacher.shape[:2], *size)
-    return F.interpolate(teacher, size=size, mode="bilinear", antialias=True)
+    return F.interpolate(teacher.float(), size=size, mode="bilinear", antialias=True)
 
 
 def _visible(regions: BranchRegions) -> Tensor:
