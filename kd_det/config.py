@@ -53,9 +53,6 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.WARMUP_ITERS = 0
     # Iteration from which every distillation loss is off (-1: never).
     cfg.KD.STOP_ITER = -1
-    # Classes that student and teacher name differently, as [student's, teacher's] pairs, each a name or a number, e.g.
-    # [["sofa", "couch"]]. All others are matched by name, where both names are known, or are the same in order.
-    cfg.KD.CLASS_MAP = []
     # Parts of the student that start from the teacher's weights where shapes agree, e.g. ("fpn", "proposal_generator",
     # "roi_heads"); MODEL.WEIGHTS is loaded on top.
     cfg.KD.INHERIT = ()
@@ -80,6 +77,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER.OPTS = []
     # Names of the teacher's classes, in order. Empty: those of its config's data sets, where Detectron2 knows them.
     cfg.KD.TEACHER.CLASSES = []
+    # Classes that student and teacher name differently, as [student's, teacher's] pairs, each a name or a number, e.g.
+    # [["sofa", "couch"]]. The others are those of the same name; where names are not known, all are, in order.
+    cfg.KD.TEACHER.CLASS_MAP = []
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
     # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.
     cfg.KD.TEACHER.DTYPE = "float32"

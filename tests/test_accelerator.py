@@ -125,7 +125,7 @@ def test_images_without_padding_and_without_objects(tmp_path, inputs):
 )
 def test_what_a_loss_on_masks_or_keypoints_adds(tmp_path, name, head, inputs):
     teacher = tiny_cfg(depth=50, width=8, **head)
-    opts = {"teacher": teacher, **head, "KD__CLASS_MAP": [[0, 2], [2, 0]]}
+    opts = {"teacher": teacher, **head, "KD__TEACHER__CLASS_MAP": [[0, 2], [2, 0]]}
     many = ((64, 96), (48, 64), (64, 64), (32, 96), (48, 48))
     for images in (lambda: inputs(batch()), lambda: inputs(batch(many)), lambda: empty(inputs(batch()))):
         waits, kernels, where = added(tmp_path, [name], images, **opts)
@@ -135,7 +135,7 @@ def test_what_a_loss_on_masks_or_keypoints_adds(tmp_path, name, head, inputs):
 
 @pytest.mark.parametrize("loss", ["SoftTarget", "DKD", "DIST", "BoundedRegression"])
 def test_shared_classes_add_no_wait(tmp_path, loss):
-    opts = {"KD__CLASS_MAP": [[0, 2], [2, 0]], "KD__DIST__TEMPERATURE": 2.0}
+    opts = {"KD__TEACHER__CLASS_MAP": [[0, 2], [2, 0]], "KD__DIST__TEMPERATURE": 2.0}
     plain, mapped = (added(tmp_path, [loss], batch, **o)[:2] for o in ({}, opts))
     assert mapped[0] == plain[0] and mapped[1] <= plain[1] + 25
 

@@ -51,7 +51,7 @@ def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=
                 match_classes(*classes, **known_classes(cfg, teacher))
                 losses = ("NST", "SoftTarget")
             except ValueError as e:
-                if cfg.KD.CLASS_MAP or cfg.KD.TEACHER.CLASSES:
+                if cfg.KD.TEACHER.CLASS_MAP or cfg.KD.TEACHER.CLASSES:
                     raise
                 logger.warning(f"--teacher: distilled by NST alone. Soft targets compare class by class: {e}")
         ret += ["KD.LOSSES", str(losses)]

@@ -103,9 +103,9 @@ def match_classes(
     if not by_name and not class_map:
         raise ValueError(
             f"the student has {student} classes and the teacher {teacher}, and the names of the "
-            f"{'teacher' if student_classes else 'student'}'s are not known. Make their numbers equal "
+            f"{'student' if teacher_classes else 'teacher'}'s are not known. Make their numbers equal "
             f"(MODEL.ROI_HEADS.NUM_CLASSES in an R-CNN), name the teacher's in KD.TEACHER.CLASSES (the student's are "
-            f"those of DATASETS.TRAIN), or pair them by number in KD.CLASS_MAP."
+            f"those of DATASETS.TRAIN), or pair them by number in KD.TEACHER.CLASS_MAP."
         )
     pairs = _read_map(class_map, (student, student_classes), (teacher, teacher_classes))
     if by_name:
@@ -115,8 +115,8 @@ def match_classes(
     if not pairs:
         raise ValueError(
             f"student and teacher have no class in common: the student's are {first_few(list(student_classes))}, the "
-            f"teacher's {first_few(list(teacher_classes))}. Pair them in KD.CLASS_MAP or, if the teacher's names are "
-            f"others, correct them in KD.TEACHER.CLASSES."
+            f"teacher's {first_few(list(teacher_classes))}. Pair them in KD.TEACHER.CLASS_MAP or, if the teacher's "
+            f"names are others, correct them in KD.TEACHER.CLASSES."
         )
     if student == teacher and pairs == {i: i for i in range(student)}:
         return None
@@ -132,10 +132,10 @@ def _read_map(class_map: Sequence, *sides: tuple[int, Sequence[str]]) -> dict[in
     pairs: dict[int, int] = {}
     for pair in class_map:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"KD.CLASS_MAP holds pairs of a student's and a teacher's class, found {pair!r}.")
+            raise ValueError(f"KD.TEACHER.CLASS_MAP holds pairs of a student's and a teacher's class, found {pair!r}.")
         mine, theirs = (_find(side, which, *known) for side, which, known in zip(("student", "teacher"), pair, sides))
         if mine in pairs or theirs in pairs.values():
-            raise ValueError(f"KD.CLASS_MAP has {pair[0] if mine in pairs else pair[1]!r} twice.")
+            raise ValueError(f"KD.TEACHER.CLASS_MAP has {pair[0] if mine in pairs else pair[1]!r} twice.")
         pairs[mine] = theirs
     return pairs
 
@@ -147,10 +147,10 @@ def _find(side: str, which: str | int, count: int, names: Sequence[str]) -> int:
     if isinstance(which, str) and _key(which) in keys:
         return keys.index(_key(which))
     if names:
-        raise ValueError(unknown_name(f"class of the {side} in KD.CLASS_MAP", which, names, most=20))
+        raise ValueError("KD.TEACHER.CLASS_MAP: " + unknown_name(f"class of the {side}", which, names, most=20))
     raise ValueError(
-        f"KD.CLASS_MAP has {which!r}, and the names of the {side}'s classes are not known: expected a number below "
-        f"{count}."
+        f"KD.TEACHER.CLASS_MAP has {which!r}, and the names of the {side}'s classes are not known: expected a number "
+        f"below {count}."
     )
 
 
@@ -159,7 +159,7 @@ def _by_name(side: str, names: Sequence[str], *, but) -> dict[str, int]:
     ret: dict[str, int] = {}
     for i, name in enumerate(names):
         if i not in but and ret.setdefault(_key(name), i) != i:
-            raise ValueError(f"two classes of the {side} are named {name!r}: pair them by number in KD.CLASS_MAP.")
+            raise ValueError(f"{name!r} names two of the {side}'s classes: pair by number in KD.TEACHER.CLASS_MAP.")
     return ret
 
 

@@ -125,6 +125,8 @@ class StepContext:
         The regions that the student's "mask" or "keypoint" head was trained on in this step, with what it predicted,
         and what the teacher's head predicts for them, pooled from its own features: (R, C, S, S).
         """
+        if name not in self.branch_regions:
+            raise RuntimeError(f"the {name} head was not recorded: the loss must declare branch = {name!r}")
         regions = self.branch_regions[name]
         with torch.no_grad():
             branch = RegionBranch(self.teacher.model.roi_heads, name, side="teacher")

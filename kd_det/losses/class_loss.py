@@ -13,8 +13,8 @@ __all__ = ["ClassLoss", "known_classes"]
 
 
 def known_classes(cfg: CfgNode, teacher: nn.Module) -> dict:
-    """What :func:`match_classes` wants to know: the names of both networks' classes, and ``KD.CLASS_MAP``."""
-    theirs, class_map = getattr(teacher, "class_names", ()), cfg.KD.CLASS_MAP
+    """What :func:`match_classes` wants to know: the names of both networks' classes, and ``KD.TEACHER.CLASS_MAP``."""
+    theirs, class_map = getattr(teacher, "class_names", ()), cfg.KD.TEACHER.CLASS_MAP
     # Without either, names tell nothing, and the data set need not be read for them.
     mine = class_names(cfg.DATASETS.TRAIN) if theirs or class_map else ()
     return {"student_classes": mine, "teacher_classes": theirs, "class_map": class_map}

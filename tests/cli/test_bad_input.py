@@ -136,12 +136,12 @@ OPTIONS = {
         "a name for each class, found .* 2 for the teacher's 3 .KD.TEACHER.CLASSES",
     ),
     "class map of an unknown class": (
-        ["KD.LOSSES", "('DKD',)", "KD.CLASS_MAP", "[['cat', 0]]"],
-        "Unknown class of the student in KD.CLASS_MAP 'cat'. Valid names: 0, 1, 2",
+        ["KD.LOSSES", "('DKD',)", "KD.TEACHER.CLASS_MAP", "[['cat', 0]]"],
+        "KD.TEACHER.CLASS_MAP: Unknown class of the student 'cat'. Valid names: 0, 1, 2",
     ),
     "class twice in the map": (
-        ["KD.LOSSES", "('BoundedRegression',)", "KD.CLASS_MAP", "[['0', 1], ['2', 1]]"],
-        "KD.CLASS_MAP has 1 twice",
+        ["KD.LOSSES", "('BoundedRegression',)", "KD.TEACHER.CLASS_MAP", "[['0', 1], ['2', 1]]"],
+        "KD.TEACHER.CLASS_MAP has 1 twice",
     ),
     "masks of a student without": (["KD.LOSSES", "('MaskSoftTarget',)"], "MODEL.MASK_ON.; the student has none"),
     "keypoints of a teacher without": (

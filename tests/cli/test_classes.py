@@ -119,6 +119,6 @@ def test_soft_targets_are_chosen_where_classes_are_shared(tmp_path, taught_on, o
     add_teacher(cfg, str(tmp_path / "teacher.yaml"), weights="none.pth")
     assert cfg.KD.LOSSES == chosen
     assert ("distilled by NST alone" in caplog.text) == (chosen == ("NST",))
-    cfg = tiny_cfg(DATASETS__TRAIN=("taught_on",), KD__CLASS_MAP=[["q", 0]])
-    with pytest.raises(ValueError, match="Unknown class of the student in KD.CLASS_MAP 'q'"):
+    cfg = tiny_cfg(DATASETS__TRAIN=("taught_on",), KD__TEACHER__CLASS_MAP=[["q", 0]])
+    with pytest.raises(ValueError, match="KD.TEACHER.CLASS_MAP: Unknown class of the student 'q'"):
         add_teacher(cfg, str(tmp_path / "teacher.yaml"), weights="none.pth")

@@ -54,13 +54,13 @@ def test_names_that_are_not_known():
     "student, teacher, class_map, message",
     [
         (ABC, ["x", "y"], (), "no class in common: the student's are a, b, c, the teacher's x, y"),
-        (ABC, ABC, [["d", "a"]], "Unknown class of the student in KD.CLASS_MAP 'd'. .*Valid names: .*a, b, c"),
-        (ABC, ABC, [["a", "cc"]], "Unknown class of the teacher in KD.CLASS_MAP 'cc'"),
-        (ABC, ABC, [["a", 3]], "Unknown class of the teacher in KD.CLASS_MAP 3"),
-        (ABC, ABC, [["a", "b"], ["A", "c"]], "KD.CLASS_MAP has 'A' twice"),
-        (ABC, ABC, [["a", "b"], ["c", 1]], "KD.CLASS_MAP has 1 twice"),
+        (ABC, ABC, [["d", "a"]], "KD.TEACHER.CLASS_MAP: Unknown class of the student 'd'. .*Valid names: .*a, b, c"),
+        (ABC, ABC, [["a", "cc"]], "KD.TEACHER.CLASS_MAP: Unknown class of the teacher 'cc'"),
+        (ABC, ABC, [["a", 3]], "KD.TEACHER.CLASS_MAP: Unknown class of the teacher 3"),
+        (ABC, ABC, [["a", "b"], ["A", "c"]], "KD.TEACHER.CLASS_MAP has 'A' twice"),
+        (ABC, ABC, [["a", "b"], ["c", 1]], "KD.TEACHER.CLASS_MAP has 1 twice"),
         (ABC, ABC, ["ab"], "pairs of a student's and a teacher's class, found 'ab'"),
-        (ABC, ["a", "x", "A"], (), "two classes of the teacher are named 'A'"),
+        (ABC, ["a", "x", "A"], (), "'A' names two of the teacher's classes"),
     ],
 )
 def test_what_is_wrong_with_names(student, teacher, class_map, message):
@@ -71,8 +71,8 @@ def test_what_is_wrong_with_names(student, teacher, class_map, message):
 @pytest.mark.parametrize(
     "counts, names, message",
     [
-        ((3, 80), {}, "the student has 3 classes and the teacher 80, and the names of the student's are not known"),
-        ((3, 80), {"student_classes": ABC}, "the names of the teacher's are not known.*KD.TEACHER.CLASSES"),
+        ((3, 80), {}, "the student has 3 classes and the teacher 80, and the names of the teacher's are not known"),
+        ((3, 80), {"teacher_classes": [str(i) for i in range(80)]}, "the names of the student's are not known.*DATASETS"),
         ((3, 3), {"class_map": [["a", 0]]}, "has 'a', and the names of the student's classes are not known"),
         ((3, 3), {"teacher_classes": ["a", "b"]}, "2 for the teacher's 3"),
         ((2, 3), {"student_classes": ABC}, "found 3 names for the student's 2 classes"),
@@ -170,7 +170,7 @@ class TestCOCOTeacher:
 
     def test_names_that_only_reading_the_data_set_registers(self, tmp_path):
         name = write_coco(tmp_path / "images", name="unread")  # classes "0", "1" and "2"
-        opts = {"KD__TEACHER__CLASSES": [f"x{i}" for i in range(79)] + ["2"], "KD__CLASS_MAP": [["1", "x7"]]}
+        opts = {"KD__TEACHER__CLASSES": [f"x{i}" for i in range(79)] + ["2"], "KD__TEACHER__CLASS_MAP": [["1", "x7"]]}
         *_, context, value = run(tmp_path, "SoftTarget", name, **opts)
         ((s, t),) = context.region_pairs()
         torch.testing.assert_close(value, naive_kl(s.logits[:, [1, 2, 3]], t.logits[:, [7, 79, 80]], 2.0))

@@ -140,7 +140,7 @@ def test_masks_are_those_of_the_ground_truths_class(tmp_path, opts, teacher):
 
 def test_masks_of_classes_that_the_teacher_does_not_know_are_left_out(tmp_path):
     teacher = {"MODEL__ROI_HEADS__NUM_CLASSES": 5}
-    model = distiller(tmp_path, "MaskSoftTarget", MASK, teacher=teacher, KD__CLASS_MAP=[[2, 1], [0, 4]])
+    model = distiller(tmp_path, "MaskSoftTarget", MASK, teacher=teacher, KD__TEACHER__CLASS_MAP=[[2, 1], [0, 4]])
     context, value, _ = step(model, with_masks(batch()))
     regions, theirs = context.branch_pair("mask")
     rows = [(i, c) for i, c in enumerate(regions.classes.tolist()) if c != 1]
@@ -245,3 +245,9 @@ def test_class_agnostic_heads_compare_all_classes(tmp_path):
     torch.testing.assert_close(value, binary_soft_target_loss(regions.logits, theirs, temperature=1.0))
     with pytest.raises(ValueError, match="MaskSoftTargetLoss compares class by class: the student has 3 .* 80"):
         distiller(tmp_path, "MaskSoftTarget", MASK, teacher={"MODEL__ROI_HEADS__NUM_CLASSES": 80})
+
+
+def test_a_branch_that_no_loss_declares(tmp_path):
+    context = step(distiller(tmp_path, "MaskSoftTarget", MASK), with_masks(batch()))[0]
+    with pytest.raises(RuntimeError, match="the loss must declare branch = 'keypoint'"):
+        context.branch_pair("keypoint")
