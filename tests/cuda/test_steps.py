@@ -63,6 +63,7 @@ def test_every_detector(tmp_path, device, detector, amp):
     if device == "cpu" and amp == torch.float16:
         pytest.skip("float16 is for GPUs")
     losses = ("NST", "PKD", "FGD") if detector == "RetinaNet" else ("NST", "SoftTarget", "DKD", "BoundedRegression")
+    losses += ("MaskSoftTarget",) if detector == "Mask R-CNN" else ()
     model = build(detector_cfg(tmp_path, detector, device, *losses))
     for inputs in (batch_with_masks() if detector == "Mask R-CNN" else batch(), batch(((64, 64), (64, 64)))):
         if detector == "Mask R-CNN" and not inputs[0]["instances"].has("gt_masks"):
