@@ -52,10 +52,15 @@ def position_weights(
         valid: bool (N, 1, H, W), the positions that hold image, among which those of the background are counted.
         foreground_share: in 0 to 1; DeFeat's weights 3 and 12 are 0.2.
     """
-    rows, columns = (
-        _profiles(boxes[..., axis::2], size[1 - axis] / canvas[1 - axis], size[1 - axis], regions == "gaussian")
-        for axis in (1, 0)
-    )
+    # Both axes at once, (2, N, G, max(H, W)): what a box gives to the positions along one.
+    edges = torch.stack([boxes[..., axis::2] * (size[1 - axis] / canvas[1 - axis]) for axis in (1, 0)])
+    first, last = edges[..., None].unbind(-2)
+    position = torch.arange(max(size), device=boxes.device)
+    profiles = ((position < last) & (position > first - 1)).to(boxes.dtype)
+    if regions == "gaussian":
+        distance = (2 * position + 1 - (first + last)) / (last - first).clamp(min=1)
+        profiles = profiles * torch.exp(-0.5 * distance.square())
+    rows, columns = profiles[0, ..., : size[0]], profiles[1, ..., : size[1]]
     if regions == "proposals":
         return (rows.mT @ columns)[:, None]
     inside = (rows[..., None] * columns[..., None, :]).amax(1, keepdim=True)
@@ -66,14 +71,3 @@ def position_weights(
         parts = parts.masked_fill(~valid, 0)
     foreground, background = (parts / parts.sum((2, 3), keepdim=True).clamp(min=1)).split(1, 1)
     return foreground_share * foreground + (1 - foreground_share) * background
-
-
-def _profiles(edges: Tensor, scale: float, count: int, gaussian: bool) -> Tensor:
-    """(N, G, count): what a box with these edges (N, G, 2), in pixels, gives to each position along one axis."""
-    first, last = (edges * scale)[..., None, :].unbind(-1)
-    position = torch.arange(count, device=edges.device)
-    inside = ((position < last) & (position + 1 > first)).to(edges.dtype)
-    if not gaussian:
-        return inside
-    half = ((last - first) / 2).clamp(min=0.5)
-    return inside * torch.exp(-0.5 * ((position + 0.5 - (first + last) / 2) / half).square())

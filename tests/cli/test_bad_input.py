@@ -76,6 +76,13 @@ OPTIONS = {
     "degree 0": (["KD.NST.DEGREE", "0"], "degree"),
     "negative warm-up": (["KD.WARMUP_ITERS", "-3"], "warm-up must be >= 0"),
     "stop before never": (["KD.STOP_ITER", "-2"], "stop >= -1"),
+    "decay after the stop": (
+        ["KD.DECAY", "cosine", "KD.DECAY_START", "90", "KD.STOP_ITER", "80"],
+        "a decay must start .* before the loss stops, found a start at 90 and a stop at 80",
+    ),
+    "unknown decay": (["KD.NST.DECAY", "step"], "Unknown decay 'step'. Valid names: linear, cosine"),
+    "unknown regions": (["KD.NST.REGIONS", "box"], "Unknown regions 'box'. Did you mean 'boxes'"),
+    "share above 1": (["KD.NST.FOREGROUND_SHARE", "2.0"], "foreground_share must be in 0 to 1, found 2.0"),
     "warm-up a word": (["KD.NST.WARMUP_ITERS", "soon"], "soon"),
     "no value": (["KD.LOSSES", "None"], "KD.LOSSES is None, and needs a value"),
     "no value of a loss": (["KD.NST.WEIGHT", "None"], "KD.NST.WEIGHT is None, and needs a value"),
