@@ -100,7 +100,7 @@ def squared_error(maps: Maps, factors: Tensor) -> Tensor:
 
 def squared_residuals(maps: Maps, residual: Residual, factors: Tensor) -> Tensor:
     """:func:`squared_error` with another residual than the difference."""
-    squares = SquaredResidual.apply(maps.student, maps.teacher, residual, maps.ignored)
+    squares = SquaredResidual.apply(maps.student, maps.teacher, residual, maps.invalid)
     if maps.weights is not None:
         squares = squares * maps.weights[:, 0]
     return squares.flatten(1).sum(1).dot(factors)

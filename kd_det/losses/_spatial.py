@@ -32,11 +32,6 @@ class Maps(NamedTuple):
     def empty(self) -> bool:
         return self.student.numel() == 0 or self.teacher.numel() == 0
 
-    @property
-    def ignored(self) -> Optional[Tensor]:
-        """Bool (N, 1, H, W): the positions that do not count, invalid or without weight; None where all do."""
-        return self.invalid if self.weights is None else self.weights == 0
-
     def positions(self) -> Tensor:
         """(N,): how many valid positions each image has, at least 1 so that it can divide."""
         n, _, h, w = self.student.shape

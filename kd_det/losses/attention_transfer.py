@@ -141,8 +141,8 @@ def _attention(x: Tensor, mapping: str, p: float) -> Tensor:
 
 def _unit_attention(x: Tensor, mapping: str, p: float, maps: Maps) -> Tensor:
     """(N, H W): the attention map, times the roots of the weights, divided by its norm; zeros for one without any."""
-    if maps.ignored is not None:
-        x = x.masked_fill(maps.ignored, 0)
+    if maps.invalid is not None:
+        x = x.masked_fill(maps.invalid, 0)
     q, _ = within_range(lambda x: _attention(x, mapping, p).flatten(1), lambda q: q.amax(1), (1, 2, 3), x)
     if maps.weights is not None:
         q = q * maps.weights.sqrt().flatten(1)

@@ -2,6 +2,7 @@
 
 from typing import Optional
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
@@ -46,19 +47,21 @@ def cwd_loss(
     maps = match_maps("cwd_loss", student, teacher, valid, same_channels=True, weights=weights)
     if maps.empty:
         return zero_loss(maps.student)
-    log_s, log_t = (_log_softmax(x / temperature, maps) for x in (maps.student, maps.teacher))
+    log_s, log_t = (_log_softmax(x, temperature, maps) for x in (maps.student, maps.teacher))
     divergence = log_t.exp() * (log_t - log_s)
-    if maps.ignored is not None:
-        divergence = divergence.masked_fill(maps.ignored.flatten(2), 0)
+    if maps.invalid is not None:
+        divergence = divergence.masked_fill(maps.invalid.flatten(2), 0)
     return temperature * temperature * divergence.sum(2).mean()
 
 
-def _log_softmax(x: Tensor, maps: Maps) -> Tensor:
-    if maps.weights is not None:
-        x = x + maps.weights.log()
-    if maps.ignored is not None:
-        # The lowest number rather than -inf, whose differences are NaN.
-        x = x.masked_fill(maps.ignored, -1e30)
+def _log_softmax(x: Tensor, temperature: float, maps: Maps) -> Tensor:
+    # The lowest number rather than -inf, whose differences are NaN.
+    if maps.weights is None:
+        x = x / temperature
+    else:
+        x = torch.add(maps.weights.log().clamp(min=-1e30), x, alpha=1 / temperature)
+    if maps.invalid is not None:
+        x = x.masked_fill(maps.invalid, -1e30)
     return F.log_softmax(x.flatten(2), dim=2)
 
 

@@ -70,7 +70,7 @@ def nst_loss(
     if maps.weights is not None:
         root = maps.weights.sqrt().flatten(2)
         s, t = s * root, t * root
-    invalid = None if maps.ignored is None else maps.ignored.flatten(2)
+    invalid = None if maps.invalid is None else maps.invalid.flatten(2)
     by_positions = kernel == "poly" and degree == 2 and offset == 0 and _positions_are_cheaper(s, t)
     if kernel == "linear" or by_positions:
         s, t = (unit_rows(x if invalid is None else x.masked_fill(invalid, 0)) for x in (s, t))

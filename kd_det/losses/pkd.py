@@ -58,7 +58,8 @@ def _one_minus_correlation(student: Tensor, maps: Maps, all_ranks: bool) -> Tupl
     """
     sum_up, peak_of = (sum_over_ranks, max_over_ranks) if all_ranks else (lambda x: x, lambda x: x)
     n, c, h, w = student.shape
-    invalid, weights = maps.ignored, maps.weights
+    weights = maps.weights
+    invalid = maps.invalid if weights is None else weights == 0
     s, t = (x.clone() if invalid is None else x.masked_fill(invalid, 0) for x in (student, maps.teacher))
     # The correlation does not depend on the scale: this keeps squares from under- and overflow.
     peaks = peak_of(torch.stack([torch.linalg.vector_norm(x, torch.inf, (0, 2, 3)) for x in (s, t)]))
