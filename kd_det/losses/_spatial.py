@@ -140,7 +140,7 @@ def match_maps(
     if valid is not None:
         valid = _resize(valid, size)
     maps = Maps(student, teacher, valid, None if valid is None else ~valid)
-    return maps if weights is None else maps._replace(weights=_with_mean_1(weights, maps))
+    return maps if weights is None else Maps(*maps[:4], _with_mean_1(weights, maps))
 
 
 def _with_mean_1(weights: Tensor, maps: Maps) -> Tensor:

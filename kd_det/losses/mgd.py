@@ -8,7 +8,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from kd_det.losses._blocks import squared_error
-from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
 from kd_det.losses.connected import ConnectedLoss
 from kd_det.losses.regions import RegionsLoss
@@ -61,7 +61,7 @@ def mgd_loss(
             f"mgd_loss: the generation must give maps of shape {tuple(maps.teacher.shape)}, found "
             f"{tuple(generated.shape)}."
         )
-    maps = maps._replace(student=generated.to(maps.teacher.dtype))
+    maps = Maps(generated.to(maps.teacher.dtype), *maps[1:])
     return full_precision(squared_error)(maps, maps.student.new_full((n,), 1 / n))
 
 
