@@ -14,8 +14,8 @@ class RegionsLoss(DistillationLoss):
     """
     Base of losses on maps with an option for the positions that count, see
     :func:`kd_det.features.position_weights.position_weights`. In each image the weights are scaled to a mean of 1, so
-    that the loss' own weight does not depend on how many objects there are. An image without any does not count where
-    "boxes" or "gaussian" do.
+    that the loss' own weight does not depend on how many objects there are. An image without objects does not count
+    with "boxes" and "gaussian", and is background alone with "foreground_background".
     """
 
     @configurable
