@@ -62,7 +62,8 @@ def position_weights(
         profiles = profiles * torch.exp(-0.5 * distance.square())
     rows, columns = profiles[0, ..., : size[0]], profiles[1, ..., : size[1]]
     if regions == "proposals":
-        return (rows.mT @ columns)[:, None]
+        with torch.autocast(boxes.device.type, enabled=False):  # bfloat16 has no odd counts above 256
+            return (rows.mT @ columns)[:, None]
     inside = (rows[..., None] * columns[..., None, :]).amax(1, keepdim=True)
     if regions != "foreground_background":
         return inside

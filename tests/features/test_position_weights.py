@@ -54,6 +54,8 @@ def test_proposals_are_counted():
     found = weights("proposals", [[0.0, 0, 16, 16], [8.0, 8, 24, 24]], [[0.0, 0, 8, 8]] * 3)
     assert found[0, :3, :3].tolist() == [[1, 1, 0], [1, 2, 1], [0, 1, 1]] and found[0].sum() == 8 - 1 + 1
     assert found[1, 0, 0] == 3 and found[1].sum() == 3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert weights("proposals", [[0.0, 0, 8, 8]] * 511)[0, 0, 0] == 511
 
 
 class TestForegroundBackground:
