@@ -19,8 +19,8 @@ _SUBNETS = ("cls_subnet", "bbox_subnet")
 def align_scale(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """
     The student's map with each channel's mean and variance over images and positions made the teacher's:
-    ``(s - mean_s) std_t / std_s + mean_t``. The published code does it at the cut, level by level and on each GPU by
-    itself; the paper does not mention it.
+    ``(s - mean_s) std_t / std_s + mean_t``. The published code does so at the cut, level by level and on each GPU by
+    itself; the paper's equations leave it out.
 
     Args:
         student: (N, C, H, W).
@@ -36,8 +36,8 @@ def align_scale(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None
     """
     student, teacher, _, invalid = match_maps("align_scale", student, teacher, valid, same_channels=True)
     (s_mean, s_var), (t_mean, t_var) = (_statistics(x, invalid) for x in (student, teacher))
-    # Batch norm's epsilon: a channel that is nearly constant must not be blown up.
-    return (student - s_mean) * (t_var.sqrt() * (s_var + 1e-5).rsqrt()) + t_mean
+    # Bounds the gradient of a channel that is constant; the convolutions of a new head have variances of 1e-4.
+    return (student - s_mean) * (t_var.sqrt() * (s_var + 1e-8).rsqrt()) + t_mean
 
 
 def _statistics(x: Tensor, invalid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def _statistics(x: Tensor, invalid: Tensor | None) -> tuple[Tensor, Tensor]:
 def quality_focal_loss(student_logits: Tensor, teacher_logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """
     ``|p - q| BCE(q, p)`` with the sigmoids q of the student and p of the teacher, summed over classes and anchors: the
-    quality focal loss (arXiv 2006.04388, equation 6, beta 1) with the teacher's probabilities as labels.
+    quality focal loss (arXiv 2006.04388, beta 1) with the teacher's probabilities as labels.
 
     Args:
         student_logits: (M, K, P).

@@ -28,8 +28,8 @@ def confidence_weights(
     How much each anchor counts: the score that Detectron2 gives it, to a power. The score is the highest probability of
     a class; in FCOS, the geometric mean of that and the centerness.
 
-    With power 1 and without centerness this is the feature richness score (arXiv 2111.00674, section 3.2), by which
-    that paper weights features and classes. At 2, the default here, a hundred thousand anchors of background at 0.01
+    With power 1 and without centerness this is the feature richness score (arXiv 2111.00674), by which that paper
+    weights features and classes, its sum divided by that of the scores. At 2, the default here, a hundred thousand anchors of background at 0.01
     together weigh less than a few dozen on objects; 0 counts every anchor alike.
 
     Args:
@@ -98,7 +98,8 @@ def _giou(a: Tensor, b: Tensor) -> Tensor:
     inner = width.clamp(min=0) * height.clamp(min=0)
     outer = (torch.maximum(ax2, bx2) - torch.minimum(ax, bx)) * (torch.maximum(ay2, by2) - torch.minimum(ay, by))
     union = (ax2 - ax) * (ay2 - ay) + (bx2 - bx) * (by2 - by) - inner
-    return inner / union.clamp(min=1e-6) - 1 + union / outer.clamp(min=1e-6)
+    # Two equal boxes have a GIoU of 1 even where they have no area.
+    return (inner + 1e-6) / (union + 1e-6) - (outer - union) / (outer + 1e-6)
 
 
 class DenseHeadLoss(DistillationLoss):
