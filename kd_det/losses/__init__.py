@@ -16,6 +16,7 @@ from kd_det.losses.dense_soft_target import (
     RPNSoftTargetLoss,
     confidence_weights,
     dense_box_loss,
+    dense_class_loss,
 )
 from kd_det.losses.dist import DISTLoss, dist_loss
 from kd_det.losses.dkd import DKDLoss, dkd_loss
@@ -61,6 +62,7 @@ __all__ = [
     "confidence_weights",
     "cwd_loss",
     "dense_box_loss",
+    "dense_class_loss",
     "dist_loss",
     "dkd_loss",
     "fgd_loss",

@@ -12,12 +12,7 @@ __all__ = ["binary_soft_target_loss"]
 
 @full_precision
 def binary_soft_target_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 4.0,
-    valid: Optional[Tensor] = None,
-    weights: Optional[Tensor] = None,
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0, valid: Optional[Tensor] = None
 ) -> Tensor:
     """
     ``T^2 KL(Bernoulli(sigmoid(t / T)) || Bernoulli(sigmoid(s / T)))``, summed over classes and averaged over anchors.
@@ -30,14 +25,12 @@ def binary_soft_target_loss(
         teacher_logits: of the same shape; is detached.
         temperature: T > 0.
         valid: bool (N, 1, ...), the anchors that hold image; None: all.
-        weights: float (N, 1, ...), how much each anchor counts, instead of ``valid``: the average becomes the weighted
-            sum divided by the sum of the weights, or by 1 if that is larger.
 
     Returns:
         A scalar; 0 for an empty batch, or without a valid anchor.
 
     Raises:
-        ValueError: shapes that differ, a mask or weights that do not fit, or a temperature that is not positive.
+        ValueError: shapes that differ, a mask that does not fit, or a temperature that is not positive.
     """
     name = "binary_soft_target_loss"
     student, teacher = to_float(name, student_logits, teacher_logits)
@@ -46,23 +39,21 @@ def binary_soft_target_loss(
             f"{name}: both logits must be (N, K, ...) over the same classes, found shapes {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}."
         )
-    for key, mask in (("valid", valid), ("weights", weights)):
-        if mask is not None and mask.shape != (student.shape[0], 1, *student.shape[2:]):
-            expected = (student.shape[0], 1, *student.shape[2:])
-            raise ValueError(f"{name}: {key} must be {expected}, found {tuple(mask.shape)}.")
+    if valid is not None and valid.shape != (student.shape[0], 1, *student.shape[2:]):
+        raise ValueError(
+            f"{name}: valid must be {(student.shape[0], 1, *student.shape[2:])}, found {tuple(valid.shape)}."
+        )
     if not 0 < temperature < float("inf"):
         raise ValueError(f"{name}: the temperature must be a positive number, found {temperature}.")
     if student.numel() == 0:
         return zero_loss(student)
-    invalid = weights == 0 if weights is not None else None if valid is None else ~valid
-    if invalid is not None:
-        student, teacher = student.masked_fill(invalid, 0), teacher.masked_fill(invalid, 0)
+    if valid is not None:
+        student, teacher = student.masked_fill(~valid, 0), teacher.masked_fill(~valid, 0)
     student, teacher = student / temperature, teacher / temperature
     # By the logarithms of both probabilities, as 1 - p loses all digits of a confident prediction.
-    logs = [(F.logsigmoid(sign * student), F.logsigmoid(sign * teacher)) for sign in (1, -1)]
-    if weights is not None:
-        divergence = sum(F.kl_div(s, t, log_target=True, reduction="none") for s, t in logs)
-        return temperature * temperature * (weights * divergence).sum() / weights.sum().clamp(min=1)
-    divergence = sum(F.kl_div(s, t, log_target=True, reduction="sum") for s, t in logs)
+    divergence = sum(
+        F.kl_div(F.logsigmoid(sign * student), F.logsigmoid(sign * teacher), log_target=True, reduction="sum")
+        for sign in (1, -1)
+    )
     anchors = student[:, 0].numel() if valid is None else valid.sum().clamp(min=1)
     return temperature * temperature * divergence / anchors

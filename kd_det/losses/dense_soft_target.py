@@ -1,4 +1,4 @@
-"""What dense heads predict, where the teacher is confident: classes, boxes and centerness of RetinaNet, FCOS and RPNs."""
+"""What RetinaNet, FCOS and RPNs predict where the teacher is confident: classes, boxes and centerness."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,19 @@ from torch import Tensor
 
 from kd_det.errors import unknown_name
 from kd_det.features.dense_heads import check_same_anchors, dense_head, per_anchor, rpn_head, valid_anchors
+from kd_det.losses._gradients import with_gradient
 from kd_det.losses._ranks import share_of_samples
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
-from kd_det.losses.binary_soft_target import binary_soft_target_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
 
-__all__ = ["DenseHeadLoss", "DenseSoftTargetLoss", "RPNSoftTargetLoss", "confidence_weights", "dense_box_loss"]
+__all__ = [
+    "DenseHeadLoss",
+    "DenseSoftTargetLoss",
+    "RPNSoftTargetLoss",
+    "confidence_weights",
+    "dense_box_loss",
+    "dense_class_loss",
+]
 
 _BOX_LOSSES = ("giou", "l1")
 
@@ -29,8 +36,8 @@ def confidence_weights(
     a class; in FCOS, the geometric mean of that and the centerness.
 
     With power 1 and without centerness this is the feature richness score (arXiv 2111.00674), by which that paper
-    weights features and classes, its sum divided by that of the scores. At 2, the default here, a hundred thousand anchors of background at 0.01
-    together weigh less than a few dozen on objects; 0 counts every anchor alike.
+    weights features and classes, its sum divided by that of the scores. At 2, the default here, a hundred thousand
+    anchors of background at 0.01 together weigh less than a few dozen on objects; 0 counts every anchor alike.
 
     Args:
         logits: the teacher's, (M, K, P).
@@ -45,6 +52,56 @@ def confidence_weights(
         score = (score * centerness.float().sigmoid()).sqrt()
     weights = score.pow(power)
     return weights if valid is None else weights.masked_fill(~valid, 0)
+
+
+@full_precision
+def dense_class_loss(
+    student_logits: Tensor, teacher_logits: Tensor, weights: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """
+    :func:`kd_det.losses.binary_soft_target_loss` with a weight for each anchor, in a third of its memory: the head of a
+    RetinaNet has 16 million logits an image.
+
+    Args:
+        student_logits: (M, K, P).
+        teacher_logits: of the same shape; is detached.
+        weights: (M, 1, P), how much each anchor counts, not negative.
+        temperature: T > 0.
+
+    Returns:
+        A scalar: the weighted sum, divided by the sum of the weights, or by 1 if that is larger. 0 for an empty batch.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not positive.
+    """
+    name = "dense_class_loss"
+    student, teacher = to_float(name, student_logits, teacher_logits)
+    _check_shapes(name, student, teacher, weights)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{name}: the temperature must be a positive number, found {temperature}.")
+    if student.numel() == 0:
+        return zero_loss(student)
+    return with_gradient(student, lambda s: _divergence(s, teacher, weights, temperature))
+
+
+def _divergence(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient, ``T w (sigmoid(s / T) - sigmoid(t / T)) / sum w``."""
+    s, t = (x.masked_fill(weights == 0, 0).div_(temperature) for x in (student, teacher))
+    scale = temperature / weights.sum().clamp(min=1)
+    gradient = s.sigmoid().sub_(t.sigmoid()).mul_(weights * scale)
+    # The divergence of (-s, -t) is that of (s, t), and for t <= 0 this sum keeps the digits of a confident teacher:
+    # p (t - s) + log(1 - p) - log(1 - q).
+    s, t = torch.where(t > 0, -s, s), t.abs_().neg_()
+    divergence = (t - s).mul_(t.sigmoid()).add_(F.softplus(s)).sub_(F.softplus(t))
+    return temperature * scale * divergence.mul_(weights).sum(), gradient
+
+
+def _check_shapes(name: str, student: Tensor, teacher: Tensor, weights: Tensor) -> None:
+    if student.dim() != 3 or student.shape != teacher.shape or weights.shape != student[:, :1].shape:
+        raise ValueError(
+            f"{name}: student and teacher must both be (M, D, P) and weights (M, 1, P), found shapes "
+            f"{tuple(student.shape)}, {tuple(teacher.shape)} and {tuple(weights.shape)}."
+        )
 
 
 @full_precision
@@ -71,12 +128,7 @@ def dense_box_loss(
     """
     name = "dense_box_loss"
     student, teacher = to_float(name, student_deltas, teacher_deltas)
-    shape = (student.shape[0], 4, *student.shape[2:])
-    if student.shape != shape or teacher.shape != shape or weights.shape != (shape[0], 1, *shape[2:]):
-        raise ValueError(
-            f"{name}: deltas must both be (M, 4, P) and weights (M, 1, P), found shapes {tuple(student.shape)}, "
-            f"{tuple(teacher.shape)} and {tuple(weights.shape)}."
-        )
+    _check_shapes(name, student, teacher, weights)
     if kind not in _BOX_LOSSES:
         raise ValueError(unknown_name(f"kind of {name}", kind, _BOX_LOSSES))
     if student.numel() == 0:
@@ -134,7 +186,7 @@ class DenseHeadLoss(DistillationLoss):
             own, theirs = self.find_head(student, side="student"), self.find_head(teacher, side="teacher")
             check_same_anchors(own, theirs)
         except ValueError as e:
-            raise ValueError(f"{type(self).__name__} compares what two heads predict at the same anchors: {e}") from None
+            raise ValueError(f"{type(self).__name__} compares two heads at the same anchors: {e}") from None
         self.student_taps = self.teacher_taps = own.taps
         self.num_anchors, self.transform = own.num_anchors, own.transform
 
@@ -151,7 +203,7 @@ class DenseHeadLoss(DistillationLoss):
 @DISTILLATION_LOSS_REGISTRY.register()
 class DenseSoftTargetLoss(DenseHeadLoss):
     """
-    What the heads of two RetinaNets or two FCOS predict: :func:`binary_soft_target_loss` of the classes, plus
+    What the heads of two RetinaNets or two FCOS predict: :func:`dense_class_loss`, plus
     ``box_weight`` times :func:`dense_box_loss`, plus in FCOS the divergence of the centerness (T = 1). Every anchor
     that holds image counts by the teacher's confidence in it, see :func:`confidence_weights`, on all ranks together:
     the value depends neither on the size of the images nor on the number of objects.
@@ -170,7 +222,7 @@ class DenseSoftTargetLoss(DenseHeadLoss):
         """
         super().__init__(**kwargs)
         none = torch.empty(0, 4, 1)
-        binary_soft_target_loss(none, none, temperature=temperature)  # both check their options
+        dense_class_loss(none, none, none[:, :1], temperature=temperature)  # both check their options
         dense_box_loss(none, none, none[:, :1], kind=box_loss)
         self.temperature, self.box_loss = temperature, box_loss
 
@@ -185,12 +237,12 @@ class DenseSoftTargetLoss(DenseHeadLoss):
         valid = valid_anchors(student[: len(student) // len(own)], self.num_anchors, context)
         centerness = theirs[2] if len(theirs) > 2 else None
         weights = confidence_weights(theirs[0], power=self.confidence_power, centerness=centerness, valid=valid)
-        loss = binary_soft_target_loss(own[0], theirs[0], temperature=self.temperature, weights=weights)
+        loss = dense_class_loss(own[0], theirs[0], weights, temperature=self.temperature)
         if self.box_weight:
             options = {"kind": self.box_loss, "transform": self.transform}
             loss = loss + self.box_weight * dense_box_loss(own[1], theirs[1], weights, **options)
         if centerness is not None:
-            loss = loss + binary_soft_target_loss(own[2], centerness, temperature=1.0, weights=weights)
+            loss = loss + dense_class_loss(own[2], centerness, weights)
         return self.share_of_ranks(weights) * loss
 
 

@@ -1,4 +1,4 @@
-"""What RetinaNet, FCOS and RPNs predict at the same anchors: classes, boxes and centerness by the teacher's confidence."""
+"""What RetinaNet, FCOS and RPNs predict where the teacher is confident: classes, boxes and centerness."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from fvcore.nn import giou_loss
 
 from kd_det import Distiller
@@ -16,6 +17,7 @@ from kd_det.losses import (
     binary_soft_target_loss,
     confidence_weights,
     dense_box_loss,
+    dense_class_loss,
 )
 from tests.tiny import batch, distillation_cfg, tiny_cfg, tiny_fcos, tiny_retinanet_cfg
 
@@ -53,28 +55,52 @@ class TestConfidence:
         assert torch.equal(confidence_weights(logits, power=0.0), torch.ones(2, 1, 4))
 
 
-class TestWeightedSoftTargets:
-    def test_is_the_weighted_mean_of_each_anchor(self):
-        student, teacher, weights = randn(2, 3, 4).requires_grad_(), randn(2, 3, 4, seed=1), 3 * rand(2, 1, 4)
-        each = torch.stack(
-            [binary_soft_target_loss(s[None], t[None]) for s, t in zip(*(x.mT.flatten(0, 1) for x in (student, teacher)))]
-        )
+class TestClasses:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+    def test_is_the_weighted_mean_of_the_soft_targets_of_each_anchor(self, temperature):
+        student, teacher, weights = randn(2, 3, 4).requires_grad_(), 3 * randn(2, 3, 4, seed=1), 3 * rand(2, 1, 4)
+        anchors = zip(*(x.mT.flatten(0, 1) for x in (student, teacher)))
+        each = torch.stack([binary_soft_target_loss(s[None], t[None], temperature=temperature) for s, t in anchors])
         expected = (weights.flatten() * each).sum() / weights.sum()
-        torch.testing.assert_close(binary_soft_target_loss(student, teacher, weights=weights), expected)
+        found = dense_class_loss(student, teacher, weights, temperature=temperature)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(2 * found, student), torch.autograd.grad(2 * expected, student))
         # A teacher that sees less than one object teaches less.
-        torch.testing.assert_close(
-            binary_soft_target_loss(student, teacher, weights=weights / weights.sum() / 4), expected / 4
-        )
-        assert torch.autograd.gradcheck(lambda s: binary_soft_target_loss(s, teacher, weights=weights), student)
+        less = dense_class_loss(student, teacher, weights / weights.sum() / 4, temperature=temperature)
+        torch.testing.assert_close(less, expected.detach() / 4)
+        assert torch.autograd.gradcheck(lambda s: dense_class_loss(s, teacher, weights), student)
+        assert dense_class_loss(student, student, weights) == 0
 
-    def test_equal_weights_are_none(self):
-        student, teacher = randn(2, 3, 4), randn(2, 3, 4, seed=1)
-        found = binary_soft_target_loss(student, teacher, weights=torch.full((2, 1, 4), 0.5))
-        torch.testing.assert_close(found, binary_soft_target_loss(student, teacher))
+    def test_digits_of_confident_predictions(self):
+        student, teacher = 10 * randn(1, 50, 20), 10 * randn(1, 50, 20, seed=1)
+        for near in (student, student + 1e-3 * teacher):
+            exact = binary_soft_target_loss(near, teacher, temperature=1.0)
+            found = dense_class_loss(near.float(), teacher.float(), torch.ones(1, 1, 20))
+            assert found.item() == pytest.approx(exact.item(), rel=1e-5)
 
-    def test_weights_that_do_not_fit(self):
-        with pytest.raises(ValueError, match=r"weights must be \(2, 1, 4\), found \(2, 4\)"):
-            binary_soft_target_loss(randn(2, 3, 4), randn(2, 3, 4), weights=rand(2, 4))
+    def test_what_has_no_weight_never_counts_and_extremes_are_finite(self):
+        student, teacher, weights = randn(2, 3, 5), randn(2, 3, 5, seed=1), rand(2, 1, 5)
+        weights[:, :, 3:] = 0
+        expected = dense_class_loss(student[..., :3], teacher[..., :3], weights[..., :3])
+        student[..., 3:], teacher[..., 3:] = float("nan"), 1e30
+        student.requires_grad_()
+        found = dense_class_loss(student, teacher, weights)
+        torch.testing.assert_close(found, expected)
+        (gradient,) = torch.autograd.grad(found, student)
+        assert gradient.isfinite().all() and not gradient[..., 3:].any()
+        extreme = (1e4 * randn(2, 3, 5).float()).requires_grad_()
+        found = dense_class_loss(extreme, -1e4 * randn(2, 3, 5).float(), torch.ones(2, 1, 5))
+        assert found.isfinite() and torch.autograd.grad(found, extreme)[0].isfinite().all()
+
+    def test_empty_and_wrong_inputs(self):
+        empty = torch.zeros(0, 3, 5, requires_grad=True)
+        loss = dense_class_loss(empty, torch.zeros(0, 3, 5), torch.zeros(0, 1, 5))
+        loss.backward()
+        assert loss == 0 and empty.grad.shape == (0, 3, 5)
+        with pytest.raises(ValueError, match=r"found shapes \(2, 3, 4\), \(2, 3, 4\) and \(2, 4\)"):
+            dense_class_loss(randn(2, 3, 4), randn(2, 3, 4), rand(2, 4))
+        with pytest.raises(ValueError, match="temperature must be a positive number, found 0"):
+            dense_class_loss(randn(2, 3, 4), randn(2, 3, 4), rand(2, 1, 4), temperature=0)
 
 
 class TestBoxes:
@@ -90,7 +116,8 @@ class TestBoxes:
         ):
             weights = torch.tensor([[weights]])
             found = dense_box_loss(student, teacher, weights, kind="giou", transform=transform).item()
-            assert found == pytest.approx(giou) and dense_box_loss(student, teacher, weights).item() == pytest.approx(l1)
+            assert found == pytest.approx(giou)
+            assert dense_box_loss(student, teacher, weights).item() == pytest.approx(l1)
 
     @pytest.mark.parametrize("name", TRANSFORMS)
     def test_giou_is_that_of_the_boxes_at_any_anchor(self, name):
@@ -149,7 +176,8 @@ def detector(kind: str, *, seed: int, **opts):
     opts = {"MODEL__RESNETS__NORM": "FrozenBN", **opts}
     if kind == "RPN":
         model = build_model(tiny_cfg(**opts))
-        predictors = [model.proposal_generator.rpn_head.objectness_logits, model.proposal_generator.rpn_head.anchor_deltas]
+        head = model.proposal_generator.rpn_head
+        predictors = [head.objectness_logits, head.anchor_deltas]
     else:
         model = tiny_fcos(**opts) if kind == "FCOS" else build_model(tiny_retinanet_cfg(**opts))
         predictors = [model.head.cls_score, model.head.bbox_pred]
@@ -188,12 +216,10 @@ def naive(kind, owner, maps, context, *, temperature, power, box_weight, box_los
         valid = torch.ones(n, h, w, dtype=torch.bool) if valid is None else valid[:, 0]
         per_position = len(anchors) // (h * w)
         valid = valid[..., None].expand(-1, -1, -1, per_position).reshape(n, -1)
-
-        def ordered(x, k):
-            return x.detach().double().view(n, -1, k, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, k)
-
         widths = (num_classes, 4, 1)
-        own, theirs = ([ordered(x, k) for x, k in zip(side, widths)] for side in (own, theirs))
+        own, theirs = (
+            [permute_to_N_HWA_K(x.detach().double(), k) for x, k in zip(side, widths)] for side in (own, theirs)
+        )
         for image in range(n):
             for i in valid[image].nonzero().flatten().tolist():
                 s, t = ([x[image, i] for x in side] for side in (own, theirs))
@@ -311,7 +337,7 @@ def test_options_that_cannot_be(loss, message):
         ("RetinaNet", "FCOS", DenseSoftTargetLoss, "the teacher's a FCOSHead that predicts cls_score, bbox_pred, ctr"),
         ("RPN", "RetinaNet", DenseSoftTargetLoss, "the student GeneralizedRCNN has no dense head"),
         ("RPN", "RetinaNet", RPNSoftTargetLoss, "the teacher RetinaNet has no RPN"),
-        ("FCOS", "RetinaNet", CrossKDLoss, "CrossKDLoss compares what two heads predict at the same anchors: the stud"),
+        ("FCOS", "RetinaNet", CrossKDLoss, "CrossKDLoss compares two heads at the same anchors: the stud"),
     ],
 )
 def test_networks_that_cannot_be_compared(student, teacher, loss, message):
