@@ -199,7 +199,7 @@ def add_kd_config(cfg: CN) -> None:
     node.TEMPERATURE = 1.0
 
     # What the heads of RetinaNet or FCOS predict, where the teacher is confident; the weight and the options are ours.
-    # The loss finds its taps itself, as do the next two.
+    # It chooses its taps itself, as do the next two losses.
     node = add_loss_config(cfg, "DENSE_SOFT_TARGET", weight=1.0)
     # T of the classes' sigmoids.
     node.TEMPERATURE = 1.0
@@ -210,7 +210,7 @@ def add_kd_config(cfg: CN) -> None:
     # Distance of the boxes: "giou", or "l1" of the head's own deltas.
     node.BOX_LOSS = "giou"
 
-    # The same of two RPNs with equal anchors: objectness and deltas.
+    # The same of two RPNs with equal anchors, their objectness and their deltas; the keys mean the same.
     node = add_loss_config(cfg, "RPN_SOFT_TARGET", weight=1.0)
     node.TEMPERATURE = 1.0
     node.CONFIDENCE_POWER = 2.0

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 from torch.utils.checkpoint import checkpoint
 
 from kd_det import Distiller, student_cfg
@@ -77,7 +76,8 @@ def test_every_detector(tmp_path, device, detector, amp):
 
 def test_fcos(device):
     """In float32: under autocast, fvcore's giou_loss mixes types."""
-    losses = [NSTLoss(student_taps=["p3", "p4"]), PKDLoss(student_taps=["p3"]), DenseSoftTargetLoss(), CrossKDLoss(cut=1)]
+    on_maps = [NSTLoss(student_taps=["p3", "p4"]), PKDLoss(student_taps=["p3"])]
+    losses = [*on_maps, DenseSoftTargetLoss(), CrossKDLoss(cut=1)]
     model = Distiller(student=tiny_fcos(), teacher=tiny_fcos(depth=50, width=8), losses=losses).to(device).train()
     assert_fine(train(model, 2), device)
 

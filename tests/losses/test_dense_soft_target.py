@@ -14,6 +14,7 @@ from kd_det.losses import (
     CrossKDLoss,
     DenseSoftTargetLoss,
     RPNSoftTargetLoss,
+    SoftTargetLoss,
     binary_soft_target_loss,
     confidence_weights,
     dense_box_loss,
@@ -253,6 +254,15 @@ def test_is_its_definition_over_the_anchors_that_hold_image(kind, box_loss):
     num_classes = 1 if kind == "RPN" else 3
     expected = naive(kind, student, (own, theirs), context, **options, power=1.5, num_classes=num_classes)
     assert value.item() == pytest.approx(expected.item(), rel=1e-3) and value > 0.01
+
+
+def test_without_weights_its_classes_are_those_of_soft_targets():
+    student, teacher = detector("RetinaNet", seed=0), detector("RetinaNet", seed=1)
+    soft_targets = SoftTargetLoss(student_taps=["head.cls_score"], temperature=2.0)
+    expected, *_ = distil(soft_targets, student, teacher)
+    dense = DenseSoftTargetLoss(temperature=2.0, confidence_power=0.0, box_weight=0.0)
+    found, *_ = distil(dense, student, teacher)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
