@@ -136,7 +136,7 @@ class TestBoxes:
 
     @pytest.mark.parametrize("kind", ["l1", "giou"])
     def test_gradients(self, kind):
-        # Of R-CNN's transform Detectron2 decodes in float32.
+        # Detectron2 decodes with its other transform in float32 only.
         student, teacher, weights = rand(2, 4, 5).add(0.1).requires_grad_(), rand(2, 4, 5, seed=1), rand(2, 1, 5)
         options = {"kind": kind, "transform": TRANSFORMS["FCOS"]}
         assert torch.autograd.gradcheck(lambda s: dense_box_loss(s, teacher, weights, **options), student)
