@@ -13,6 +13,7 @@ from torch import nn
 
 from kd_det.errors import UserError, first_few
 from kd_det.teachers.build import teacher_dtype
+from kd_det.teachers.feature_teacher import FeatureTeacher
 from kd_det.teachers.runner import Teacher, padded_images
 
 __all__ = ["EvaluateTeacher", "TeacherDetector", "evaluate_teacher", "register_first_images"]
@@ -42,9 +43,11 @@ class TeacherDetector(nn.Module):
                 others is left out; of one without, the numbers must be equal.
 
         Raises:
-            UserError: other classes than the data set's.
+            UserError: a teacher of feature maps only, or of other classes than the data set's.
         """
         super().__init__()
+        if type(teacher).forward is FeatureTeacher.forward:
+            raise UserError("the teacher gives feature maps and no detections: there is nothing to evaluate")
         self.runner = Teacher(teacher, [], student=student, input_format=input_format, dtype=dtype)
         object.__setattr__(self, "student", student)
         self._index = _class_index(teacher, list(classes))
@@ -52,11 +55,6 @@ class TeacherDetector(nn.Module):
     def forward(self, batched_inputs: List[Dict]) -> List[Dict]:
         canvas = tuple(padded_images(self.student, batched_inputs).shape[-2:])
         outputs = self.runner.detect(batched_inputs, canvas)
-        if not isinstance(outputs, list):
-            raise UserError(
-                f"the teacher, a {type(self.runner.model).__name__}, gives feature maps and no detections: there is "
-                f"nothing to evaluate"
-            )
         for output in outputs if self._index is not None else ():
             found = output["instances"]
             found.pred_classes = self._index.to(found.pred_classes.device)[found.pred_classes]
@@ -97,7 +95,7 @@ class EvaluateTeacher(HookBase):
         if self.trainer.start_iter:
             return
         model = getattr(self.trainer.model, "module", self.trainer.model)
-        if model.teacher is None:
+        if getattr(model, "teacher", None) is None:
             return
         logger.info(f"Evaluating the teacher {self.trainer.cfg.KD.TEACHER.CONFIG_FILE} by itself:")
         trainer_class = self.trainer.__class__  # type() of a weak proxy is another

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from kd_det import build_student, build_teacher, student_cfg
+from kd_det.cli import argument_parser, check_run, load_config, parse_arguments
 from kd_det.cli import evaluate_teacher as command
 from kd_det.engine import Trainer
 from kd_det.engine.teacher_evaluation import TeacherDetector, evaluate_teacher, register_first_images
@@ -105,9 +106,8 @@ def test_other_classes(tmp_path, names, classes, message):
 
 def test_feature_maps_are_no_detections(tmp_path):
     teacher = FeatureTeacher(network=build_model(tiny_cfg()).backbone)
-    detector = TeacherDetector(build_student(run_cfg(tmp_path)), teacher, input_format="BGR")
-    with pytest.raises(UserError, match="a FeatureTeacher, gives feature maps and no detections: there is nothing to"):
-        detector(batch())
+    with pytest.raises(UserError, match="the teacher gives feature maps and no detections: there is nothing to evalua"):
+        TeacherDetector(build_student(run_cfg(tmp_path)), teacher, input_format="BGR")
 
 
 def write(tmp_path, **opts):
@@ -175,6 +175,23 @@ def test_a_classifiers_teacher(tmp_path, capsys):
     assert "classification/top1" in whole
     command.main(["--config-file", str(tmp_path / "run.yaml"), "--images", "3"])
     assert "classification/top1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["DATASETS.TEST", "()"], "KD.TEACHER.EVALUATE needs data sets to evaluate on, and DATASETS.TEST is empty"),
+        (["KD.TEACHER.OPTS", "['MODEL.ROI_HEADS.NUM_CLASSES', 2]"], "has 2 classes and the data set 3 classes"),
+    ],
+)
+def test_a_training_that_cannot_evaluate_it(tmp_path, opts, message):
+    argv = [*write(tmp_path, KD__TEACHER__EVALUATE=True), *opts]
+    if "2]" in opts[1]:
+        teacher = tiny_cfg(depth=50, width=8, MODEL__ROI_HEADS__NUM_CLASSES=2)
+        torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")
+    args = parse_arguments(argument_parser(), argv)
+    with pytest.raises(UserError, match=message):
+        check_run(load_config(args), args)
 
 
 LAZY = """
