@@ -113,9 +113,21 @@ OPTIONS = {
         ["KD.TEACHER.CONFIG_FILE", "https://host/x.yaml"],
         "is a URL. Expected a config file .*, .* timm://NAME",
     ),
-    "teacher is a LazyConfig": (
-        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"],
-        "is a LazyConfig, expected a yaml",
+    "teacher is no network of torchvision": (
+        ["KD.TEACHER.CONFIG_FILE", "torchvision://fasterrcnn_resnet51_fpn"],
+        "Unknown network of torchvision 'fasterrcnn_resnet51_fpn'. Did you mean 'fasterrcnn_resnet50_fpn",
+    ),
+    "teacher has no such weights": (
+        ["KD.TEACHER.CONFIG_FILE", "timm://resnet18.a1_in2k"],
+        "Unknown weights of timm's 'resnet18' 'a1_in2k'. Did you mean 'a1_in1k'",
+    ),
+    "teacher to evaluate on nothing": (
+        ["KD.TEACHER.EVALUATE", "True", "DATASETS.TEST", "()"],
+        "KD.TEACHER.EVALUATE needs data sets to evaluate on, and DATASETS.TEST is empty",
+    ),
+    "teacher is a LazyConfig without weights": (
+        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py", "KD.TEACHER.WEIGHTS", ""],
+        "fcos_R_50_FPN_1x.py' has no weights",
     ),
     "missing teacher weights": (["KD.TEACHER.WEIGHTS", "nowhere.pth"], "do not exist: 'nowhere.pth'"),
     "teacher of another size": (
