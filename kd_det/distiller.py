@@ -99,12 +99,12 @@ class Distiller(nn.Module):
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
         branches = sorted({loss.branch for loss in losses if loss.branch})
         needs_regions = bool(branches) or any(loss.needs_regions for loss in losses)
-        self._student_taps = Taps(student, [t for loss in losses for t in loss.student_taps], side="student")
         check_teacher(teacher, self.input_format)  # before the losses look for its taps
         with preserved_random_state():  # connectors must not shift what training draws
             for loss in losses:
                 loss.connect(student, teacher)
                 loss.to(self.device)
+        self._student_taps = Taps(student, [t for loss in losses for t in loss.student_taps], side="student")
         self._teacher = Teacher(
             teacher,
             [t for loss in losses for t in loss.teacher_taps],
@@ -113,7 +113,7 @@ class Distiller(nn.Module):
             with_head=needs_regions,
             dtype=teacher_dtype,
         )
-        if needs_regions:
+        if needs_regions or any(loss.needs_proposals for loss in losses):
             roi_heads = getattr(student, "roi_heads", None)
             branches = [RegionBranch(roi_heads, name, side="student") for name in branches]
             self._region_taps = RegionTaps(RegionHead(roi_heads, side="student"), branches)
@@ -222,7 +222,7 @@ class Distiller(nn.Module):
         scheduled = not all(loss.schedule.is_constant for loss in self.losses.values())
         if scheduled and not has_event_storage():
             raise RuntimeError(
-                "Warm-up and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
+                "Warm-up, decay and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
                 "run the training step inside `with EventStorage(start_iter) as storage:` and call storage.step()."
             )
         iteration = get_event_storage().iter if scheduled else 0
