@@ -69,11 +69,13 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.STUDENT.META_ARCHITECTURE = "GeneralizedRCNN"
 
     cfg.KD.TEACHER = CN()
-    # The teacher's config: a file, or a model-zoo name such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
+    # The teacher: a config file (yaml, or a LazyConfig, .py, which is run), a model-zoo name such as
+    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME" or "timm://NAME".
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # The teacher's weights. Empty: the zoo entry's checkpoint, or MODEL.WEIGHTS of the teacher's config file.
+    # The teacher's weights. Empty: the zoo entry's checkpoint, the library's own, or those that its config file names.
     cfg.KD.TEACHER.WEIGHTS = ""
-    # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10].
+    # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10], of a LazyConfig
+    # ["model.roi_heads.num_classes", 10].
     cfg.KD.TEACHER.OPTS = []
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
     # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.

@@ -196,9 +196,10 @@ class Teacher:
         images = args[0]
         own = tuple(images.shape[-2:])
         self._covered = self._canvas or own
-        multiple = max(getattr(module, "size_divisibility", 1), 1)
-        # Detectron2 main's plain vision transformers want squares.
-        square = getattr(module, "padding_constraints", {}).get("square_size", 0)
+        # Detectron2 main's plain vision transformers want squares, or multiples under this spelling.
+        constraints = getattr(module, "padding_constraints", {})
+        square = constraints.get("square_size", 0)
+        multiple = max(getattr(module, "size_divisibility", 1), constraints.get("size_divisiblity", 1), 1)
         height, width = (-(-max(c, s, square) // multiple) * multiple for c, s in zip(self._covered, own))
         self._padded = (height, width)
         if self._padded != own:

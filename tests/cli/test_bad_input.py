@@ -106,9 +106,9 @@ OPTIONS = {
         ["KD.TEACHER.CONFIG_FILE", "https://host/x.yaml"],
         "is a URL. Expected a config file .*, .* timm://NAME",
     ),
-    "teacher is a LazyConfig": (
-        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"],
-        "is a LazyConfig, expected a yaml",
+    "teacher is a LazyConfig without weights": (
+        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py", "KD.TEACHER.WEIGHTS", ""],
+        "fcos_R_50_FPN_1x.py' has no weights",
     ),
     "missing teacher weights": (["KD.TEACHER.WEIGHTS", "nowhere.pth"], "do not exist: 'nowhere.pth'"),
     "teacher of another size": (
