@@ -5,12 +5,14 @@ from kd_det.teachers.feature_teacher import FeatureTeacher, torchvision_teacher
 from kd_det.teachers.runner import Teacher
 from kd_det.teachers.sources import TeacherSource, register_teacher_source
 from kd_det.teachers.torchvision_detectors import torchvision_detector
+from kd_det.teachers.torchvision_source import TorchvisionTeacher
 from kd_det.teachers.transformers_detectors import TransformersDetector
 
 __all__ = [
     "FeatureTeacher",
     "Teacher",
     "TeacherSource",
+    "TorchvisionTeacher",
     "TransformersDetector",
     "build_teacher",
     "build_teacher_architecture",

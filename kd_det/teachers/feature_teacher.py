@@ -181,7 +181,6 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
     return FeatureTeacher(**_of_torchvision_detector(detector))
 
 
-@register_teacher_source("torchvision")
 @register_teacher_source("timm")
 class LibraryTeacher(TeacherSource):
     """

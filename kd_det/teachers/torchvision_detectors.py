@@ -9,6 +9,7 @@ the two libraries paste in different ways, which differ by a pixel at the border
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 from torchvision.models import detection
@@ -24,7 +25,7 @@ from kd_det.teachers.torchvision_parts import (
 from kd_det.weights.convert import convert_resnet, resnet_options
 from kd_det.weights.torchvision_detectors import COCO_LABELS, copy_detector_weights, kept_labels
 
-__all__ = ["configure_torchvision_detector", "torchvision_detector"]
+__all__ = ["configure_torchvision_detector", "torchvision_detector", "why_not_convertible"]
 
 _NORMS = {"BatchNorm2d": "BN", "FrozenBatchNorm2d": "FrozenBN", "GroupNorm": "GN"}
 # What each part of a detector must be; one that somebody replaced by a network of their own has no counterpart.
@@ -43,7 +44,8 @@ _PARTS = {
 
 def torchvision_detector(detector: nn.Module) -> nn.Module:
     """
-    A detector of ``torchvision.models.detection`` as one of Detectron2, in eval mode, with ``input_format`` "RGB".
+    A detector of ``torchvision.models.detection`` as one of Detectron2, in eval mode, with ``input_format`` "RGB", and
+    COCO's ``class_names`` if it has COCO's labels.
 
     COCO's 91 labels become Detectron2's 80 contiguous classes: the outputs for labels that COCO does not use are left
     out, so a box head's softmax has no share for them. Any other number of labels is the background and N classes.
@@ -57,6 +59,8 @@ def torchvision_detector(detector: nn.Module) -> nn.Module:
     converted = build_model(cfg)
     copy_detector_weights(detector, converted)
     converted.input_format = cfg.INPUT.FORMAT
+    known = [MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TRAIN]
+    converted.class_names = tuple(known[0]) if known else ()
     return converted.eval()
 
 
@@ -68,7 +72,12 @@ def configure_torchvision_detector(cfg: CfgNode, detector: nn.Module) -> None:
     Raises:
         ValueError: see :func:`torchvision_detector`.
     """
-    _check_parts(detector)
+    problem = why_not_convertible(detector)
+    if problem is not None:
+        raise ValueError(
+            f"torchvision's {type(detector).__name__} cannot become a detector of Detectron2: {problem}. Its features "
+            f"can teach: kd_det.teachers.torchvision_teacher."
+        )
     levels = _configure_backbone(cfg, detector.backbone)
     transform = detector.transform
     cfg.INPUT.FORMAT = "RGB"
@@ -84,22 +93,17 @@ def configure_torchvision_detector(cfg: CfgNode, detector: nn.Module) -> None:
         cfg.DATASETS.TRAIN = ("keypoints_coco_2017_train",)
 
 
-def _check_parts(detector: nn.Module) -> None:
-    problem = None
+def why_not_convertible(detector: nn.Module) -> str | None:
+    """What of a detector has no counterpart in Detectron2; None if it can become one of Detectron2's."""
     if not isinstance(detector, (detection.FasterRCNN, detection.RetinaNet, detection.FCOS)):
-        problem = "Detectron2 has no such detector"
-    elif [*getattr(getattr(detector.backbone, "body", None), "return_layers", ())][-1:] != ["layer4"]:
-        problem = "its backbone is no ResNet whose pyramid ends at layer4"
-    else:
-        modules = dict(detector.named_modules())
-        for name, expected in _PARTS.items():
-            if not isinstance(modules.get(name), (type(None), *_as_tuple(expected))):
-                problem = f"its {name} is a {type(modules[name]).__name__}"
-    if problem is not None:
-        raise ValueError(
-            f"torchvision's {type(detector).__name__} cannot become a detector of Detectron2: {problem}. Its features "
-            f"can teach: kd_det.teachers.torchvision_teacher."
-        )
+        return f"Detectron2 has no {type(detector).__name__}"
+    if [*getattr(getattr(detector.backbone, "body", None), "return_layers", ())][-1:] != ["layer4"]:
+        return "its backbone is no ResNet whose pyramid ends at layer4"
+    modules = dict(detector.named_modules())
+    for name, expected in _PARTS.items():
+        if not isinstance(modules.get(name), (type(None), *_as_tuple(expected))):
+            return f"its {name} is a {type(modules[name]).__name__}"
+    return None
 
 
 def _as_tuple(value) -> tuple:

@@ -87,7 +87,7 @@ def _encoder_maps(kwargs: Dict, output: Any, coarsest: Tensor) -> List[Tensor]:
 class TransformersDetector(FeatureTeacher):
     """
     A detector of transformers. Its ``backbone`` gives maps, called as a whole it gives ``[{"instances": Instances}]``
-    as Detectron2's detectors in eval mode do, with ``pred_classes`` in the order of ``thing_classes``.
+    as Detectron2's detectors in eval mode do, with ``pred_classes`` in the order of ``class_names``.
 
     Images keep the size that the student gives them. Where the image processor pads, a mask tells the network what is
     padding and boxes are relative to the image; otherwise (RT-DETR, D-FINE) the network takes the padding for image.
@@ -119,7 +119,7 @@ class TransformersDetector(FeatureTeacher):
         self.score_threshold = score_threshold
         self._processor = processor
         names = [detector.config.id2label[i] for i in sorted(detector.config.id2label)]
-        self.thing_classes, classes = _contiguous_classes(names)
+        self.class_names, classes = _contiguous_classes(names)
         self.register_buffer("_class_of_label", torch.tensor(classes), persistent=False)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
@@ -149,14 +149,14 @@ class TransformersDetector(FeatureTeacher):
         return results
 
 
-def _contiguous_classes(names: Sequence[str]) -> Tuple[List[str], List[int]]:
+def _contiguous_classes(names: Sequence[str]) -> Tuple[Tuple[str, ...], List[int]]:
     """
     A detector's classes, and the class of each of its labels, -1 for those that are none. Where COCO's 80 are among
     them, in whatever order and with whatever gaps, they are the classes, in Detectron2's order.
     """
     names = [_COCO_NAMES.get(name, name) for name in names]
-    coco = list(MetadataCatalog.get("coco_2017_val").thing_classes)
-    classes = coco if set(coco) <= set(names) else [name for name in names if name != "N/A"]
+    coco = tuple(MetadataCatalog.get("coco_2017_val").thing_classes)
+    classes = coco if set(coco) <= set(names) else tuple(name for name in names if name != "N/A")
     index = {name: i for i, name in enumerate(classes)}
     return classes, [index.get(name, -1) for name in names]
 

@@ -45,12 +45,17 @@ def _copy_backbone(source: nn.Module, target: nn.Module) -> None:
 
 
 def _copy_resnet(source: nn.Module, target: nn.Module) -> None:
+    eps = target.stem.conv1.norm.eps
     state = dict(source.state_dict())
     for name, module in source.named_modules():
         if hasattr(module, "running_var"):
-            # torchvision's published detectors were trained with an eps of 0, Detectron2's norms have one of 1e-5.
-            state[f"{name}.running_var"] = module.running_var + (module.eps - target.stem.conv1.norm.eps)
+            state[f"{name}.running_var"] = _variance_with_eps(module, eps)
     target.load_state_dict(convert_resnet(state))
+
+
+def _variance_with_eps(norm: nn.Module, eps: float) -> Tensor:
+    """The variance that a norm with this eps needs to be equal; torchvision's published detectors have an eps of 0."""
+    return norm.running_var + (norm.eps - eps)
 
 
 def _copy_rpn_head(source: nn.Module, target: nn.Module, anchors: nn.Module) -> None:
@@ -113,6 +118,8 @@ def _copy(source: nn.Module, target: nn.Module, rows: Sequence[int] | None = Non
     for one, other in zip(_leaves(source), _leaves(target), strict=True):
         state: dict[str, Tensor] = {k: v if rows is None else v[rows] for k, v in _own_state(one).items()}
         own = _own_state(other)
+        if "running_var" in state:
+            state["running_var"] = _variance_with_eps(one, other.eps)
         if "bias" in own and "bias" not in state:  # RetinaNetHead's convolutions have a bias before a norm too
             state["bias"] = torch.zeros_like(own["bias"])
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:

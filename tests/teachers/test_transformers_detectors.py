@@ -21,12 +21,10 @@ STAGES = {"out_features": ["stage2", "stage3", "stage4"]}
 
 def detr(kind, *, stages=("stage4",), **options):
     backbone = transformers.ResNetConfig(**WIDTHS, out_features=list(stages))
-    sizes = {"d_model": 32, "encoder_layers": 1, **COMMON}
+    sizes = {"d_model": 32, "encoder_layers": 1, "use_timm_backbone": False, "backbone": None, **COMMON}
     if kind == "DabDetr":
         sizes["hidden_size"] = sizes.pop("d_model")
-    return getattr(transformers, f"{kind}Config")(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, **sizes, **options
-    )
+    return getattr(transformers, f"{kind}Config")(backbone_config=backbone, **sizes, **options)
 
 
 def rt_detr(kind, backbone):
@@ -140,7 +138,7 @@ def test_normalisation_of_the_image_processor():
 
 
 def test_classes_in_detectron2s_order():
-    coco = MetadataCatalog.get("coco_2017_val").thing_classes
+    coco = tuple(MetadataCatalog.get("coco_2017_val").thing_classes)
     # As RT-DETR calls them.
     renamed = ["tvmonitor" if name == "tv" else "motorbike" if name == "motorcycle" else name for name in coco]
     assert _contiguous_classes(renamed) == (coco, list(range(80)))
@@ -151,7 +149,7 @@ def test_classes_in_detectron2s_order():
         names[category] = coco[i]
     classes, of_label = _contiguous_classes(names)
     assert classes == coco and of_label == [ids.get(category, -1) for category in range(91)]
-    assert _contiguous_classes(["N/A", "cat", "tree"]) == (["cat", "tree"], [-1, 0, 1])
+    assert _contiguous_classes(["N/A", "cat", "tree"]) == (("cat", "tree"), [-1, 0, 1])
 
 
 @pytest.fixture
