@@ -73,6 +73,7 @@ def build_resnet_fpn_p6p7_of_p5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 class _ClipsBeforeNMS:
     """Boxes overlap each other inside the image only, as in torchvision; Detectron2 clips what NMS has left."""
 
+    # Private in Detectron2: between it and NMS, no public method is called.
     def _decode_per_level_predictions(self, *args) -> Instances:
         decoded = super()._decode_per_level_predictions(*args)
         decoded.pred_boxes.clip(decoded.image_size)

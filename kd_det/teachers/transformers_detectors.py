@@ -120,7 +120,7 @@ class TransformersDetector(FeatureTeacher):
         self._processor = processor
         names = [detector.config.id2label[i] for i in sorted(detector.config.id2label)]
         self.class_names, classes = _contiguous_classes(names)
-        self.register_buffer("_class_of_label", torch.tensor(classes), persistent=False)
+        self.register_buffer("class_of_label", torch.tensor(classes), persistent=False)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """As of any :class:`FeatureTeacher`; around these images, the next call of the backbone sees padding."""
@@ -142,7 +142,7 @@ class TransformersDetector(FeatureTeacher):
         results = []
         for x, size, found in zip(batched_inputs, images.image_sizes, detections):
             instances = Instances(size, pred_boxes=Boxes(found["boxes"]), scores=found["scores"])
-            instances.pred_classes = self._class_of_label[found["labels"]]
+            instances.pred_classes = self.class_of_label[found["labels"]]
             instances = instances[instances.pred_classes >= 0]
             height, width = x.get("height", size[0]), x.get("width", size[1])
             results.append({"instances": detector_postprocess(instances, height, width)})
