@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import torchvision
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -22,9 +23,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from kd_det import Distiller, build_teacher
+from kd_det.cli.convert import main
 from kd_det.losses import DKDLoss, NSTLoss, SoftTargetLoss
 from kd_det.teachers import get_teacher_cfg
-from kd_det.teachers.torchvision_detectors import configure_torchvision_detector, torchvision_detector
+from kd_det.teachers.torchvision_detectors import torchvision_detector
 from kd_det.teachers.torchvision_parts import TorchvisionAnchorGenerator
 from kd_det.weights.strict import load_strictly
 from kd_det.weights.torchvision_detectors import kept_labels
@@ -241,7 +243,9 @@ def published(tmp_path, monkeypatch):
     A narrow detector, and its file as torchvision published its first detectors: frozen norms, and older names in the
     pyramid and the RPN. By name, torchvision builds narrow detectors.
     """
-    monkeypatch.setattr("torchvision.models.get_model", small)
+    real = torchvision.models.get_model
+    narrow = lambda name, **options: (small if name in NAMES else real)(name, **options)  # noqa: E731
+    monkeypatch.setattr("torchvision.models.get_model", narrow)
     torch.manual_seed(0)
     detector = small("fasterrcnn_resnet50_fpn").eval()
     state = {}
@@ -324,18 +328,31 @@ def test_what_has_no_counterpart(build, message):
         torchvision_detector(build())
 
 
-def test_it_is_saved_as_a_config_and_a_file(tmp_path):
-    """What Detectron2 loads by itself, once kd_det is imported."""
-    torch.manual_seed(0)
-    detector = small("retinanet_resnet50_fpn")
+def test_the_command_writes_a_config_and_a_file(published, tmp_path, capsys):
+    """Detectron2 loads them by itself, once kd_det is imported."""
+    name, output = "fasterrcnn_resnet50_fpn", tmp_path / "v1.pth"
+    main([str(published[1]), str(output), "--detector", name])
+    assert f"{output}: " in capsys.readouterr().out
     cfg = get_cfg()
-    configure_torchvision_detector(cfg, detector)
+    cfg.merge_from_file(tmp_path / "v1.yaml")
     cfg.MODEL.DEVICE = "cpu"
-    (tmp_path / "c.yaml").write_text(cfg.dump())
-    torch.save({"model": torchvision_detector(detector).state_dict()}, tmp_path / "w.pth")
-    loaded = get_cfg()
-    loaded.merge_from_file(tmp_path / "c.yaml")
-    model = build_model(loaded)
-    load_strictly(model, str(tmp_path / "w.pth"), who="detector")
-    want = torchvision_detector(detector)
-    assert all(torch.equal(value, want.state_dict()[key]) for key, value in model.state_dict().items())
+    model = build_model(cfg)
+    load_strictly(model, cfg.MODEL.WEIGHTS, who="detector")
+    want = build_teacher(cfg_of(name, published[1])).state_dict()
+    assert all(torch.equal(value, want[key]) for key, value in model.state_dict().items())
+    # The pair is a teacher as any other.
+    opts = {"KD__TEACHER__CONFIG_FILE": str(tmp_path / "v1.yaml"), "KD__TEACHER__WEIGHTS": str(output)}
+    assert build_teacher(tiny_cfg(MODEL__META_ARCHITECTURE="Distiller", **opts)).input_format == "RGB"
+
+
+def test_the_command_refuses_other_networks(published, tmp_path, capsys):
+    torch.save(resnet18(weights=None).state_dict(), tmp_path / "r.pth")
+    for name, output, message in (
+        ("resnet18", "o.pth", "torchvision's 'resnet18' is no detector that Detectron2 has"),
+        ("resnet18x", "o.pth", "Unknown network of torchvision 'resnet18x'. Did you mean 'resnet18'"),
+        ("fasterrcnn_resnet50_fpn", "o.yaml", "o.yaml' is the name of the config"),
+    ):
+        weights = published[1] if name.startswith("f") else tmp_path / "r.pth"
+        with pytest.raises(SystemExit):
+            main([str(weights), str(tmp_path / output), "--detector", name])
+        assert message in capsys.readouterr().err
