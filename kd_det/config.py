@@ -80,6 +80,8 @@ def add_kd_config(cfg: CN) -> None:
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
     # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.
     cfg.KD.TEACHER.DTYPE = "float32"
+    # Whether training first evaluates the teacher on DATASETS.TEST, and logs it as "teacher/bbox/AP" and the like.
+    cfg.KD.TEACHER.EVALUATE = False
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
     node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"))

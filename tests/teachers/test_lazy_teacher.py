@@ -1,3 +1,5 @@
+import pickle
+
 import detectron2.modeling
 import pytest
 import torch
@@ -5,6 +7,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 
 from kd_det import build_teacher
+from kd_det.cli.teacher import add_teacher
 from kd_det.compat import model_zoo
 from kd_det.teachers import Teacher, get_teacher_cfg
 from tests.tiny import NUM_CLASSES, batch, tiny_cfg
@@ -13,6 +16,7 @@ from tests.tiny import NUM_CLASSES, batch, tiny_cfg
 TINY_BASELINE = """
 from detectron2.layers import ShapeSpec
 from .widths import fpn
+from kd_det.cli.teacher import add_teacher
 from kd_det.compat import model_zoo
 
 _zoo = model_zoo.get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py")
@@ -37,6 +41,7 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SimpleFeaturePyramid, ViT
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from kd_det.cli.teacher import add_teacher
 from kd_det.compat import model_zoo
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
@@ -176,9 +181,22 @@ def test_a_distillation_teaches_as_its_student(tmp_path):
     assert type(build_teacher(student_cfg(path, tmp_path / "teacher.pth"))).__name__ == "GeneralizedRCNN"
 
 
-def test_its_own_weights(tmp_path):
-    path = write(tmp_path, TINY_BASELINE + f"train.init_checkpoint = {str(tmp_path / 'teacher.pth')!r}")
-    build_teacher(student_cfg(path))
+def test_its_own_weights_as_the_zoo_publishes_them(tmp_path):
+    """Arrays in a .pkl, without the counters of batch norm."""
+    path = write(tmp_path, TINY_BASELINE + f"train.init_checkpoint = {str(tmp_path / 'teacher.pkl')!r}")
+    state = torch.load(tmp_path / "teacher.pth")["model"]
+    arrays = {key: value.numpy() for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    (tmp_path / "teacher.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    teacher = build_teacher(student_cfg(path))
+    assert len(arrays) < len(state) and all(torch.equal(v, state[k]) for k, v in teacher.state_dict().items())
+
+
+def test_the_default_losses_and_levels(tmp_path):
+    path = write(tmp_path, TINY_BASELINE)
+    cfg = tiny_cfg()
+    add_teacher(cfg, path, weights=str(tmp_path / "teacher.pth"))
+    assert cfg.KD.LOSSES == ("NST", "SoftTarget") and cfg.KD.NST.STUDENT_TAPS == ("p2", "p3", "p4", "p5")
+    check_losses(cfg, cfg.KD.LOSSES)
 
 
 NO_ORDER = "dataloader = None\ndel model.input_format"
