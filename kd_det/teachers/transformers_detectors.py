@@ -41,7 +41,8 @@ class _EncoderMaps(nn.Module):
         super().__init__()
         self.detector = detector
         self.image_sizes: Optional[List[Tuple[int, int]]] = None  # of the next batch; None: without padding
-        self.outputs: Any = None  # of the detector, for the last batch
+        self.outputs: Any = None  # of the detector, for the last batch, whose images had
+        self.canvas = (0, 0)
 
     def forward(self, images: Tensor) -> Dict[str, Tensor]:
         sizes, self.image_sizes = self.image_sizes, None
@@ -59,6 +60,7 @@ class _EncoderMaps(nn.Module):
             keep("backbone", self.detector.model.backbone)
             keep("encoder", self.detector.model.encoder)
             self.outputs = self.detector(pixel_values=images, pixel_mask=mask)
+        self.canvas = tuple(images.shape[-2:])
         backbone = _backbone_maps(seen["backbone"][1])
         encoder = _encoder_maps(*seen["encoder"], coarsest=backbone[-1])
         # Each map has half the size of the one before; padded images are multiples of the stride of the first.
@@ -133,11 +135,10 @@ class TransformersDetector(FeatureTeacher):
         self.backbone(images.tensor)
         network = self.backbone.network
         outputs, network.outputs = network.outputs, None
-        canvas = tuple(images.tensor.shape[-2:])
         detections = self._processor.post_process_object_detection(
             outputs,
             threshold=self.score_threshold,
-            target_sizes=images.image_sizes if self._processor.do_pad else [canvas] * len(images),
+            target_sizes=images.image_sizes if self._processor.do_pad else [network.canvas] * len(images),
         )
         results = []
         for x, size, found in zip(batched_inputs, images.image_sizes, detections):

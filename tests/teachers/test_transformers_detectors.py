@@ -7,7 +7,7 @@ from detectron2.data import MetadataCatalog
 
 from kd_det import build_teacher
 from kd_det.features.taps import Taps
-from kd_det.teachers import TransformersDetector
+from kd_det.teachers import Teacher, TransformersDetector
 from kd_det.teachers.transformers_detectors import _contiguous_classes
 from tests.tiny import batch, build_model, tiny_cfg
 
@@ -117,16 +117,18 @@ def test_detections_are_those_of_the_library(kind):
         assert error.min(dim=0).values.max() < 0.01 and error.min(dim=1).values.max() < 0.01
 
 
-def test_boxes_of_a_detector_without_a_mask_are_relative_to_the_padded_image():
-    model = teacher("RT-DETR")
-    small, large = images((64, 64), (64, 128))
-    with torch.no_grad():
-        boxes = model([small, large])[0]["instances"].pred_boxes.tensor
-        network = model.backbone.network
-        model.backbone(model.preprocess_image([small, large]).tensor)
-    x, _, w, _ = network.outputs.pred_boxes[0].unbind(1)
-    left = ((x - w / 2) * 128).clamp(0, 64)
-    assert torch.isclose(boxes[:, :1], left, atol=1e-3).any(dim=1).all()
+@pytest.mark.parametrize("kind", ["DETR", "RT-DETR"])
+def test_detections_on_the_students_canvas(kind):
+    """Twice the image's width: DETR is told by the mask, for RT-DETR the image is the left half of a larger one."""
+    model = teacher(kind)
+    runner = Teacher(model, [], student=build_model(tiny_cfg()), input_format="RGB")
+    seen = []
+    model.backbone.network.register_forward_hook(lambda network, *_: seen.append(network.outputs.pred_boxes[0]))
+    boxes = runner.detect(images((64, 64)), (64, 128))[0]["instances"].pred_boxes.tensor
+    x, _, w, _ = seen[0].unbind(1)
+    left = (x - w / 2) * (64 if kind == "DETR" else 128)
+    assert model.backbone.network.canvas == (64, 128) and boxes.max() <= 64
+    assert torch.isclose(boxes[:, :1], left.clamp(0, 64), atol=1e-3).any(dim=1).all()
 
 
 def test_normalisation_of_the_image_processor():
