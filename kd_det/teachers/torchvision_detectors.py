@@ -130,7 +130,7 @@ def _configure_backbone(cfg: CfgNode, backbone: nn.Module) -> list[str]:
 
 def _configure_anchors(cfg: CfgNode, anchors: nn.Module) -> None:
     node = cfg.MODEL.ANCHOR_GENERATOR
-    node.NAME = TorchvisionAnchorGenerator.__name__
+    node.NAME, node.OFFSET = TorchvisionAnchorGenerator.__name__, 0.0
     node.SIZES = [list(sizes) for sizes in anchors.sizes]
     node.ASPECT_RATIOS = [list(ratios) for ratios in anchors.aspect_ratios]
 

@@ -49,9 +49,8 @@ class TorchvisionAnchorGenerator(DefaultAnchorGenerator):
         anchors = []
         for feature, cells in zip(features, self.cell_anchors):
             h, w = feature.shape[-2:]
-            y = torch.arange(h, device=cells.device, dtype=cells.dtype) * (height // h)
-            x = torch.arange(w, device=cells.device, dtype=cells.dtype) * (width // w)
-            y, x = torch.meshgrid(y, x, indexing="ij")
+            y, x = (torch.arange(n, device=cells.device, dtype=cells.dtype) + self.offset for n in (h, w))
+            y, x = torch.meshgrid(y * (height // h), x * (width // w), indexing="ij")
             shifts = torch.stack((x, y, x, y), dim=2).view(-1, 1, 4)
             anchors.append(Boxes((shifts + cells).view(-1, 4)))
         return anchors

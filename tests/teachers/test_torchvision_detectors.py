@@ -24,13 +24,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from kd_det import Distiller, build_teacher
 from kd_det.cli.convert import main
-from kd_det.losses import DKDLoss, NSTLoss, SoftTargetLoss
+from kd_det.losses import DenseSoftTargetLoss, DKDLoss, NSTLoss, SoftTargetLoss
 from kd_det.teachers import get_teacher_cfg
-from kd_det.teachers.torchvision_detectors import torchvision_detector
+from kd_det.teachers.torchvision_detectors import configure_torchvision_detector, torchvision_detector
 from kd_det.teachers.torchvision_parts import TorchvisionAnchorGenerator
 from kd_det.weights.strict import load_strictly
 from kd_det.weights.torchvision_detectors import kept_labels
-from tests.tiny import batch, tiny_cfg
+from tests.tiny import batch, tiny_cfg, tiny_retinanet_cfg
 
 LAYERS = [1, 2, 3, 4]
 BN, GN = nn.BatchNorm2d, partial(nn.GroupNorm, 32)
@@ -191,7 +191,8 @@ def test_anchors():
     features = [torch.zeros(1, 1, h, w) for h, w in ((20, 28), (10, 14), (5, 7), (3, 4), (2, 2))]
     images = ImageList(torch.zeros(1, 3, 160, 224), [(160, 224)])
     theirs = generator(images, features)[0].split([9 * f.shape[2] * f.shape[3] for f in features])
-    ours = TorchvisionAnchorGenerator(sizes=sizes, aspect_ratios=[ratios], strides=[8, 16, 32, 64, 128])(features)
+    strides = [8, 16, 32, 64, 128]
+    ours = TorchvisionAnchorGenerator(sizes=sizes, aspect_ratios=[ratios], strides=strides, offset=0.0)(features)
     for want, found in zip(theirs, ours):
         # A cell of torchvision's has the sizes inside the aspect ratios.
         want = want.view(-1, 3, 3, 4).transpose(1, 2).reshape(-1, 4)
@@ -235,6 +236,22 @@ def test_it_teaches(name, loss):
     (key,) = (key for key in losses if key.startswith(("loss_nst", "loss_soft", "loss_dkd")))
     losses[key].backward()
     assert losses[key] > 0
+
+
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"])
+def test_it_teaches_a_dense_head_with_its_anchors(name):
+    cfg = tiny_retinanet_cfg()
+    configure_torchvision_detector(cfg, small(name))
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEVICE = "build_tiny_retinanet_fpn_backbone", "cpu"
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.RESNETS.NORM = 64, "BN"
+    teacher = torchvision_detector(small(name))
+    model = Distiller(student=build_model(cfg), teacher=teacher, losses=[DenseSoftTargetLoss()]).train()
+    assert model(batch(((128, 192),)))["loss_dense_soft_target"] > 0
+    if name.startswith("retinanet"):
+        # Detectron2's own anchors are not rounded.
+        cfg.MODEL.ANCHOR_GENERATOR.NAME = "DefaultAnchorGenerator"
+        with pytest.raises(ValueError, match="anchors of level 0 are 45.25x22.63.*the teacher's 46x22"):
+            Distiller(student=build_model(cfg), teacher=teacher, losses=[DenseSoftTargetLoss()])
 
 
 @pytest.fixture
