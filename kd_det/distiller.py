@@ -111,7 +111,7 @@ class Distiller(nn.Module):
             with_head=needs_regions,
             dtype=teacher_dtype,
         )
-        if needs_regions:
+        if needs_regions or any(loss.needs_proposals for loss in losses):
             self._region_taps = RegionTaps(RegionHead(getattr(student, "roi_heads", None), side="student"))
         # The student outlives the Distiller; the teacher must not live on in a hook of it.
         weakref.finalize(self, _remove, [*self._student_taps.handles, *self._teacher.handles])
@@ -217,7 +217,7 @@ class Distiller(nn.Module):
         scheduled = not all(loss.schedule.is_constant for loss in self.losses.values())
         if scheduled and not has_event_storage():
             raise RuntimeError(
-                "Warm-up and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
+                "Warm-up, decay and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
                 "run the training step inside `with EventStorage(start_iter) as storage:` and call storage.step()."
             )
         iteration = get_event_storage().iter if scheduled else 0

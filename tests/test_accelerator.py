@@ -61,6 +61,13 @@ def test_what_one_loss_adds(tmp_path, name):
     assert kernels <= MOST_KERNELS + 40 * (name in ("NSTLoss", "AttentionTransferLoss", "PKDLoss")), kernels
 
 
+@pytest.mark.parametrize("regions", ["gaussian", "proposals", "foreground_background"])
+def test_what_regions_add(tmp_path, regions):
+    waits, kernels, where = added(tmp_path, ["Hint"], batch, KD__HINT__REGIONS=regions)
+    assert waits <= 2, where  # the image sizes, and the boxes
+    assert kernels <= MOST_KERNELS
+
+
 def test_what_the_founding_losses_add(tmp_path):
     waits, kernels, where = added(tmp_path, FOUNDING, batch)
     assert waits <= MOST_WAITS_OF_SIX, where

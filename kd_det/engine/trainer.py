@@ -89,7 +89,7 @@ class Trainer(DefaultTrainer):
         scaled.defrost()
         scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
         for node in (scaled.KD, *(node for node in scaled.KD.values() if isinstance(node, CfgNode))):
-            for key in ("WARMUP_ITERS", "STOP_ITER"):
+            for key in ("WARMUP_ITERS", "STOP_ITER", "DECAY_START"):
                 if (node.get(key) or 0) > 0:  # None: that of KD; -1: never
                     node[key] = round(node[key] / scale)
         if frozen:

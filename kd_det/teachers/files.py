@@ -15,6 +15,9 @@ from kd_det.teachers.sources import TeacherSource, register_teacher_source
 
 __all__ = ["LazyTeacher", "YamlTeacher"]
 
+# What building a model from wrong arguments raises.
+_MISBUILT = (AssertionError, AttributeError, ImportError, LookupError, OmegaConfBaseException, RuntimeError, TypeError)
+
 
 @register_teacher_source(".yaml")
 class YamlTeacher(TeacherSource):
@@ -56,18 +59,17 @@ class LazyTeacher(YamlTeacher):
     def configure(self, cfg: CfgNode, student: CfgNode) -> None:
         config = self._config(student.KD.TEACHER.OPTS)
         model = self._model(config)
-        order = OmegaConf.select(config, "dataloader.train.mapper.image_format") or model.get("input_format")
-        cfg.INPUT.FORMAT = order or ""
+        cfg.INPUT.FORMAT = _value(config, "dataloader.train.mapper.image_format") or model.get("input_format") or ""
         # Where a yaml config has what others than this source ask for.
-        names = OmegaConf.select(config, "dataloader.train.dataset.names") or ()
+        names = _value(config, "dataloader.train.dataset.names") or ()
         cfg.DATASETS.TRAIN = (names,) if isinstance(names, str) else tuple(names)
         cfg.MODEL.META_ARCHITECTURE = getattr(model._target_, "__name__", str(model._target_).rpartition(".")[2])
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = model.get("roi_heads", {}).get("num_classes", 0)
-        cfg.MODEL.RETINANET.NUM_CLASSES = model.get("num_classes", 0)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = _value(model, "roi_heads.num_classes") or 0
+        cfg.MODEL.RETINANET.NUM_CLASSES = _value(model, "num_classes") or 0
         if not PathManager.isfile(self.name):
             cfg.MODEL.WEIGHTS = self.zoo_weights()
             return
-        cfg.MODEL.WEIGHTS = OmegaConf.select(config, "train.init_checkpoint") or ""
+        cfg.MODEL.WEIGHTS = _value(config, "train.init_checkpoint") or ""
         if "ImageNetPretrained" in cfg.MODEL.WEIGHTS and not student.KD.TEACHER.WEIGHTS:
             raise ValueError(
                 f"The LazyConfig {self.name} names no trained weights: train.init_checkpoint {cfg.MODEL.WEIGHTS} is "
@@ -80,7 +82,7 @@ class LazyTeacher(YamlTeacher):
     def build(self, cfg: CfgNode) -> nn.Module:
         try:
             model = instantiate(self._model(self._config(cfg.KD.TEACHER.OPTS)))
-        except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError) as e:
+        except _MISBUILT as e:
             raise ValueError(f"The model of {self.name} cannot be built: {type(e).__name__}: {one_line(e)}") from e
         # That of the images it was trained on, of which the model's own need not know.
         model.input_format = cfg.INPUT.FORMAT or getattr(model, "input_format", None)
@@ -107,4 +109,12 @@ class LazyTeacher(YamlTeacher):
         model = config.get("model")
         if not isinstance(model, DictConfig) or "_target_" not in model:
             raise ValueError(f"The LazyConfig {self.name} has no model: expected model = LazyCall(...)(...).")
-        return model.student if "student" in model else model
+        return model.student if "student" in model and "teacher" in model else model
+
+
+def _value(config: DictConfig, key: str):
+    """The value at a dotted key; None where there is none, or a list or a number stands in the way."""
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None

@@ -158,6 +158,12 @@ class Teacher:
         finally:
             self._outputs, self._canvas = {}, None
 
+    def inputs(self, batched_inputs: List[Dict]) -> List[Dict]:
+        """The student's inputs with the channels of their images in the teacher's order."""
+        if self._order is None:
+            return batched_inputs
+        return [{**x, "image": x["image"][self._order]} for x in batched_inputs]
+
     @torch.no_grad()
     def detect(self, batched_inputs: List[Dict], canvas: Tuple[int, int]) -> List[Dict]:
         """What the network itself returns in eval for the student's inputs, on the student's canvas."""
@@ -166,12 +172,6 @@ class Teacher:
             return self.model(self.inputs(batched_inputs))
         finally:
             self._outputs, self._canvas = {}, None
-
-    def inputs(self, batched_inputs: List[Dict]) -> List[Dict]:
-        """The student's inputs with the channels of their images in the teacher's order."""
-        if self._order is None:
-            return batched_inputs
-        return [{**x, "image": x["image"][self._order]} for x in batched_inputs]
 
     def _before_student(self, module: nn.Module, args: Tuple[Tensor]) -> None:
         if self._pending is not None:

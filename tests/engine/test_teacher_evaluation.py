@@ -16,6 +16,7 @@ from kd_det.engine.teacher_evaluation import TeacherDetector, evaluate_teacher, 
 from kd_det.errors import UserError
 from kd_det.teachers import FeatureTeacher
 from tests.classification.tiny_classifier import distilled_cfg, write_folder
+from tests.engine.test_distributed import on_two_ranks
 from tests.tiny import batch, tiny_cfg
 from tests.tiny_run import differing, run_cfg, train
 
@@ -251,3 +252,16 @@ def test_a_training_evaluates_it_first(tmp_path):
     assert "teacher/bbox/AP" in logged[0]
     checkpoints = [torch.load(tmp_path / folder / "model_final.pth", weights_only=False) for folder in ("out", "b")]
     assert not differing(checkpoints[0]["model"], checkpoints[1]["model"])
+
+
+def run_training(cfg):
+    train(cfg)
+
+
+def test_two_ranks_evaluate_it_together(tmp_path):
+    opts = {"SOLVER__MAX_ITER": 1, "KD__TEACHER__EVALUATE": True}
+    cfg = cfg_with_test_set(tmp_path, "NST", **opts)
+    on_two_ranks(tmp_path, run_training, cfg)
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
+    alone = evaluate_teacher(cfg, build_student(cfg), build_teacher(cfg), Trainer)
+    assert logged[0]["teacher/bbox/AP50"] == pytest.approx(alone["bbox"]["AP50"], abs=1e-3)

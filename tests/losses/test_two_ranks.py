@@ -30,13 +30,15 @@ CASES = {
     "MGD": {"KD__MGD__MASK_RATIO": 0.0},
     "ReviewKD": {"KD__REVIEW_KD__CONNECTOR_NORM": "", "KD__REVIEW_KD__MID_CHANNELS": 8},
     "FSP": {},
+    "PKD of boxes": {"KD__PKD__REGIONS": "boxes"},
+    "Hint of both": {"KD__HINT__REGIONS": "foreground_background"},
 }
 
 
-@pytest.mark.parametrize("loss", CASES)
-def test_padded_images(tmp_path, loss):
-    opts = {"MODEL__RESNETS__NORM": "FrozenBN", **CASES[loss]}
-    cfg = distillation_cfg(tmp_path, loss, teacher=tiny_cfg(depth=50, width=8), **opts)
+@pytest.mark.parametrize("case", CASES)
+def test_padded_images(tmp_path, case):
+    opts = {"MODEL__RESNETS__NORM": "FrozenBN", **CASES[case]}
+    cfg = distillation_cfg(tmp_path, case.split()[0], teacher=tiny_cfg(depth=50, width=8), **opts)
     # Every rank's canvas is that of the whole batch, and the second rank has less image on it.
     compare_halves_with_whole(tmp_path, cfg, batch(sizes=((64, 96), (56, 96), (64, 96), (32, 48))))
 

@@ -199,6 +199,11 @@ def test_the_default_losses_and_levels(tmp_path):
     check_losses(cfg, cfg.KD.LOSSES)
 
 
+def test_a_list_of_loaders_tells_nothing(tmp_path):
+    path = write(tmp_path, TINY_BASELINE + "dataloader.train = []")
+    assert build_teacher(student_cfg(path, tmp_path / "teacher.pth")).input_format == "BGR"  # the model's own
+
+
 NO_ORDER = "dataloader = None\ndel model.input_format"
 
 

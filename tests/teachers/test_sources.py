@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-from kd_det import build_teacher
+from kd_det import build_teacher, student_cfg
 from kd_det.backbones.timm_backbone import flat_key
+from kd_det.cli import taps
 from kd_det.cli.teacher import add_teacher
 from kd_det.teachers import FeatureTeacher, TeacherSource, get_teacher_cfg, register_teacher_source, sources
 from tests.classification.tiny_classifier import classifier_cfg
@@ -48,6 +49,26 @@ def test_a_source_is_one_class(own_source, tmp_path):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(ValueError, match="'mine://patches' has no weights"):
         build_teacher(cfg("mine://patches"))
+
+
+PROJECT = """
+from torch import nn
+from kd_det.teachers import FeatureTeacher, TeacherSource, register_teacher_source
+
+@register_teacher_source("my")
+class MyTeachers(TeacherSource):
+    def build(self, cfg):
+        return FeatureTeacher(network=nn.Conv2d(3, 8, int(self.path), int(self.path)))
+"""
+
+
+def test_a_projects_source_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "_SOURCES", dict(sources._SOURCES))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_teachers.py").write_text(PROJECT)
+    (tmp_path / "student.yaml").write_text(student_cfg(tiny_cfg()).dump())
+    taps.main(["--config-file", "student.yaml", "--import", "my_teachers.py", "--teacher", "my://16"])
+    assert "teacher, for images of" in (out := capsys.readouterr().out) and "p4" in out
 
 
 def test_a_source_may_bring_weights_that_are_no_file(own_source):
