@@ -83,7 +83,8 @@ def add_kd_config(cfg: CN) -> None:
 
     cfg.KD.TEACHER = CN()
     # The teacher: a config file (yaml, or a LazyConfig, .py, which is run), a model-zoo name such as
-    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME" or "timm://NAME".
+    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME", "timm://NAME", or "hf://NAME" of a detector
+    # of transformers (of the Hugging Face hub, or a folder).
     cfg.KD.TEACHER.CONFIG_FILE = ""
     # The teacher's weights. Empty: the zoo entry's checkpoint, the library's own, or those that its config file names.
     cfg.KD.TEACHER.WEIGHTS = ""
