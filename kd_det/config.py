@@ -61,6 +61,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.NON_FINITE = "stop"
     # Precision of SOLVER.AMP on a GPU: "float16", with scaled gradients, or "bfloat16"; the CPU takes bfloat16.
     cfg.KD.AMP_PRECISION = "float16"
+    # Decay of the average (EMA) of the student's weights that is evaluated and, at the end, saved as model_ema.pth; 0: no
+    # average is kept. Read by kd_det.engine.Trainer.
+    cfg.KD.EMA_DECAY = 0.0
     # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
     cfg.KD.RESUME_SOLVER = "checkpoint"
 
@@ -240,7 +243,7 @@ def _add_classification_config(cfg: CN) -> None:
     node.INPUT_SIZE = 0
     # NetworkClassifier only: "torchvision://NAME" or "timm://NAME".
     node.NETWORK = ""
-    # Decay of the average of the weights that is evaluated and exported; 0: no average is kept.
+    # As KD.EMA_DECAY, for this stage alone; 0: KD's.
     node.EMA_DECAY = 0.0
 
     # Folders to register as data sets, as [name, folder] pairs; a folder holds one folder of images a class.

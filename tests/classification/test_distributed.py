@@ -7,7 +7,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
-from kd_det.classification.average import AverageStatistics
+from kd_det.engine.average import AverageStatistics
 from kd_det.classification.data import register_image_folder
 from kd_det.classification.trainer import ClassificationTrainer
 from kd_det.engine import evaluate
