@@ -31,6 +31,8 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     node.WARMUP_ITERS = None
     # Iteration from which the loss is off (-1: never); None: KD.STOP_ITER.
     node.STOP_ITER = None
+    # As KD.AUTO_WEIGHT, for this loss; None: KD's. (WEIGHT "auto" in kd_det's commands: KD's, or 0.5.)
+    node.AUTO_WEIGHT = None
     cfg.KD[name] = node
     return node
 
@@ -53,6 +55,11 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.WARMUP_ITERS = 0
     # Iteration from which every distillation loss is off (-1: never).
     cfg.KD.STOP_ITER = -1
+    # Weights that set themselves: the gradient of each loss becomes this part of the gradient of the student's own
+    # losses at the parameters that both train, and a WEIGHT of 0 still switches it off. 0.0: weights are as configured.
+    cfg.KD.AUTO_WEIGHT = 0.0
+    # Training batches on which such weights are measured; then they stay. One more backward pass a loss and batch.
+    cfg.KD.AUTO_WEIGHT_BATCHES = 20
     # Parts of the student that start from the teacher's weights where shapes agree, e.g. ("fpn", "proposal_generator",
     # "roi_heads"); MODEL.WEIGHTS is loaded on top.
     cfg.KD.INHERIT = ()
@@ -61,8 +68,8 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.NON_FINITE = "stop"
     # Precision of SOLVER.AMP on a GPU: "float16", with scaled gradients, or "bfloat16"; the CPU takes bfloat16.
     cfg.KD.AMP_PRECISION = "float16"
-    # Decay of the average (EMA) of the student's weights that is evaluated and, at the end, saved as model_ema.pth; 0: no
-    # average is kept. Read by kd_det.engine.Trainer.
+    # Decay of the average (EMA) of the student's weights that is evaluated and, at the end, saved as model_ema.pth; 0:
+    # no average is kept. Read by kd_det.engine.Trainer.
     cfg.KD.EMA_DECAY = 0.0
     # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
     cfg.KD.RESUME_SOLVER = "checkpoint"
@@ -72,7 +79,8 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.STUDENT.META_ARCHITECTURE = "GeneralizedRCNN"
 
     cfg.KD.TEACHER = CN()
-    # The teacher's config: a file, or a model-zoo name such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
+    # The teacher's config: a file, or a model-zoo name such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml". "ema":
+    # the student's own average (mean teacher, arXiv 1703.01780), which needs no weights.
     cfg.KD.TEACHER.CONFIG_FILE = ""
     # The teacher's weights. Empty: the zoo entry's checkpoint, or MODEL.WEIGHTS of the teacher's config file.
     cfg.KD.TEACHER.WEIGHTS = ""
@@ -81,6 +89,12 @@ def add_kd_config(cfg: CN) -> None:
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
     # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.
     cfg.KD.TEACHER.DTYPE = "float32"
+    # Decay of the average that CONFIG_FILE "ema" is.
+    cfg.KD.TEACHER.EMA_DECAY = 0.999
+    # More teachers, each a dict with keys of KD.TEACHER. With no others, or a WEIGHT (1.0), it is averaged with KD.TEACHER
+    # (WEIGHT 1.0; need not be set). With a NAME and LOSSES it teaches by these, logged as loss_nst_<name>, with the
+    # losses' options but for its own LOSS_OPTS, such as ["KD.NST.WEIGHT", 5.0].
+    cfg.KD.TEACHERS = []
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
     node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"))
@@ -226,7 +240,7 @@ def check_kd_config(node: CN, name: str = "KD") -> None:
     for key, value in node.items():
         if isinstance(value, CN):
             check_kd_config(value, f"{name}.{key}")
-        elif value is None and (name == "KD" or key not in ("WARMUP_ITERS", "STOP_ITER")):
+        elif value is None and (name == "KD" or key not in ("WARMUP_ITERS", "STOP_ITER", "AUTO_WEIGHT")):
             raise ValueError(f"{name}.{key} is None, and needs a value.")
 
 

@@ -1,14 +1,21 @@
 """Teachers: from a name or a config to a frozen network, and that network run beside the student."""
 
 from kd_det.teachers.build import build_teacher, build_teacher_architecture, get_teacher_cfg, load_teacher
+from kd_det.teachers.ema import EMATeacher, ema_teacher
+from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage
 from kd_det.teachers.feature_teacher import FeatureTeacher, torchvision_teacher
 from kd_det.teachers.runner import Teacher
 
 __all__ = [
+    "AveragedTeacher",
+    "EMATeacher",
     "FeatureTeacher",
+    "OtherTeacher",
     "Teacher",
+    "TeacherAverage",
     "build_teacher",
     "build_teacher_architecture",
+    "ema_teacher",
     "get_teacher_cfg",
     "load_teacher",
     "torchvision_teacher",

@@ -31,7 +31,8 @@ def test_a_resumed_run_ends_with_the_same_average(tmp_path):
 
 
 def test_it_follows_the_formula_from_the_loaded_weights_and_changes_no_training(tmp_path):
-    plain = run_cfg(tmp_path, "NST", SOLVER__CHECKPOINT_PERIOD=1, SOLVER__MAX_ITER=4, OUTPUT_DIR=str(tmp_path / "plain"))
+    plain = run_cfg(tmp_path, "NST", SOLVER__CHECKPOINT_PERIOD=1, SOLVER__MAX_ITER=4)
+    plain.OUTPUT_DIR = str(tmp_path / "plain")
     start = build_model(student_cfg(plain)).state_dict()
     torch.save({"model": start}, tmp_path / "start.pth")
     plain.MODEL.WEIGHTS = str(tmp_path / "start.pth")

@@ -2,12 +2,14 @@
 
 import os
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from kd_det.cli.checks.run import PlannedRun
 from kd_det.errors import UserError
 from kd_det.student import student_class
 from kd_det.teachers.build import get_teacher_cfg
+from kd_det.teachers.ensemble import planned_teachers
 
 # Where the number of classes of a meta-architecture stands in its config.
 _NUM_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
@@ -38,14 +40,16 @@ def check_class_lists(run: PlannedRun) -> None:
 
 def check_teacher_classes(run: PlannedRun) -> None:
     """A loss that compares class by class, with a teacher that is known to have been trained on other classes."""
-    losses = getattr(run.model, "losses", {}).values()
-    losses = [type(loss).__name__ for loss in losses if loss.compares_classes]
+    comparing = [loss for loss in getattr(run.model, "losses", {}).values() if loss.compares_classes]
     known = _known_classes(run)
-    if not losses or not known:
+    if not comparing or not known:
         return
     name, classes = next(iter(known.items()))
-    for taught_on, theirs in _classes_of_teacher(run).items():
-        if theirs != classes:
+    for plan in planned_teachers(run.cfg):
+        losses = [type(loss).__name__ for loss in comparing if loss.teacher_name == plan.name]
+        for taught_on, theirs in _classes_of_teacher(plan.cfg).items() if losses else ():
+            if theirs == classes:
+                continue
             raise UserError(
                 f"{', '.join(losses)} compare class by class: the teacher was trained on '{taught_on}' (DATASETS.TRAIN "
                 f"of its config; if it was not, correct it by KD.TEACHER.OPTS), the student learns '{name}': "
@@ -57,13 +61,12 @@ def _known_classes(run: PlannedRun) -> dict[str, list[str]]:
     return {name: list(summary.thing_classes) for name, summary in run.datasets.items() if summary.thing_classes}
 
 
-def _classes_of_teacher(run: PlannedRun) -> dict[str, list[str]]:
+def _classes_of_teacher(cfg: CfgNode) -> dict[str, list[str]]:
     """
     The class lists that the teacher was trained on, where they are known. The data sets that a config names tell
     nothing of other weights than its own: of a zoo entry with KD.TEACHER.WEIGHTS, or where the numbers differ.
     """
-    cfg = get_teacher_cfg(run.cfg)
-    node = run.cfg.KD.TEACHER
+    node, cfg = cfg.KD.TEACHER, get_teacher_cfg(cfg)
     is_own_file = os.path.isfile(node.CONFIG_FILE)
     if node.WEIGHTS and not is_own_file and "DATASETS.TRAIN" not in node.OPTS:
         return {}
