@@ -91,9 +91,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER.DTYPE = "float32"
     # Decay of the average that CONFIG_FILE "ema" is.
     cfg.KD.TEACHER.EMA_DECAY = 0.999
-    # More teachers, each a dict with keys of KD.TEACHER. With no others, or a WEIGHT (1.0), it is averaged with KD.TEACHER
-    # (WEIGHT 1.0; need not be set). With a NAME and LOSSES it teaches by these, logged as loss_nst_<name>, with the
-    # losses' options but for its own LOSS_OPTS, such as ["KD.NST.WEIGHT", 5.0].
+    # More teachers, each a dict with keys of KD.TEACHER. With these alone, or a WEIGHT (1.0), it is averaged with
+    # KD.TEACHER (at weight 1.0; it may be left empty). With a NAME and LOSSES it teaches by these, logged as
+    # loss_nst_<name>, with the losses' options but for its own LOSS_OPTS, such as ["KD.NST.WEIGHT", 5.0].
     cfg.KD.TEACHERS = []
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.

@@ -37,7 +37,8 @@ class AutoWeight:
     loss: float = 0.0
 
     def __post_init__(self):
-        if not 0 < self.share < math.inf or self.batches < 1:
+        numbers = isinstance(self.share, (int, float)) and isinstance(self.batches, int)
+        if not numbers or not 0 < self.share < math.inf or self.batches < 1:
             raise ValueError(
                 f"auto_weight must be a positive number and auto_weight_batches at least 1, found {self.share} and "
                 f"{self.batches}."
