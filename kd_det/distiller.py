@@ -23,7 +23,12 @@ from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage, run_teacher
 from kd_det.teachers.runner import Teacher, check_teacher
-from kd_det.teaching import build_teachers_and_losses, distillation_state, load_distillation_state
+from kd_det.teaching import (
+    build_teachers_and_losses,
+    check_teaching,
+    distillation_state,
+    load_distillation_state,
+)
 
 __all__ = ["Distiller"]
 
@@ -110,23 +115,19 @@ class Distiller(nn.Module):
 
     def _connect(self, group: OtherTeacher) -> "Teacher | AveragedTeacher":
         """Fit losses to the student and their teacher, and return what runs it."""
-        losses, several = group.losses, isinstance(group.teacher, TeacherAverage)
-        networks = group.teacher.models if several else [group.teacher]
+        losses, teacher = group.losses, group.teacher
+        networks = teacher.models if isinstance(teacher, TeacherAverage) else [teacher]
         if None in networks:
             raise ValueError(f"The losses {[loss.label for loss in losses]} need a teacher, and none was given.")
         for network in networks:
             check_teacher(network, self.input_format)  # before the losses look for its taps
         with preserved_random_state():  # connectors must not shift what training draws
             for loss in losses:
-                if several and loss.needs_one_teacher:
-                    raise ValueError(
-                        f"{type(loss).__name__} reads the teacher's network itself, and several are averaged: give it "
-                        f"a teacher of its own (NAME and LOSSES in an entry of KD.TEACHERS)."
-                    )
+                check_teaching(loss, networks)
                 loss.connect(self.student, networks[0])
                 loss.to(self.device)
         return run_teacher(
-            group.teacher,
+            teacher,
             [t for loss in losses for t in loss.teacher_taps],
             input_format=self.input_format,
             student=self.student,

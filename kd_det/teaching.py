@@ -1,19 +1,20 @@
 """Which losses learn from which teacher: as a config wants it, and as a checkpoint keeps it."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Dict, Optional
 
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from kd_det.losses.build import build_losses, enabled_loss_classes
+from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
 from kd_det.random_state import preserved_random_state
 from kd_det.teachers.build import build_teacher, teacher_dtype
 from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage, planned_teachers
 from kd_det.teachers.runner import Teacher
 from kd_det.weights.inherit import inherit_weights
 
-__all__ = ["build_teachers_and_losses", "distillation_state", "load_distillation_state"]
+__all__ = ["build_teachers_and_losses", "check_teaching", "distillation_state", "load_distillation_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,20 @@ def build_teachers_and_losses(cfg: CfgNode, student: nn.Module, teacher: Optiona
             other = OtherTeacher(plan.name, network, losses, teacher_dtype(plan.cfg))
             ret["other_teachers"] = [*ret.get("other_teachers", ()), other]
     return ret
+
+
+def check_teaching(loss: DistillationLoss, teachers: Sequence[nn.Module]) -> None:
+    """A ``ValueError`` for a loss that its teacher, or the average of its teachers, cannot teach."""
+    if len(teachers) > 1 and loss.needs_one_teacher:
+        raise ValueError(
+            f"{type(loss).__name__} reads the teacher's network itself, and several are averaged: give it a teacher of "
+            f"its own (NAME and LOSSES in an entry of KD.TEACHERS)."
+        )
+    if loss.auto is not None and hasattr(teachers[0], "ema_decay"):
+        raise ValueError(
+            f"{loss.key}: the student's average begins as the student, where the gradient is 0 and sets no weight: set "
+            f"KD.{loss.name.upper()}.AUTO_WEIGHT 0.0 and a WEIGHT."
+        )
 
 
 def distillation_state(losses: nn.ModuleDict, teachers: Dict[str, "Teacher | AveragedTeacher"]) -> Dict[str, Any]:

@@ -54,9 +54,9 @@ class AutoWeight:
         return self.share * self.task / self.loss if self.task and self.loss else None
 
     def add(self, task: float, loss: float) -> None:
-        """Take in a batch; one with a norm that is not finite is left out."""
+        """Take in a batch; norms that are not finite are left out of the sums."""
+        self.measured += 1
         if math.isfinite(task) and math.isfinite(loss):
-            self.measured += 1
             self.task += task
             self.loss += loss
 
@@ -75,17 +75,22 @@ def gradient_sizes(task: Tensor, losses: Sequence[Tensor], parameters: Iterable[
         (1 + L, 3), first the task's row: the gradient's L2 norm, its cosine with the task's gradient, and 1 where it
         reaches any of the parameters, else 0.
     """
-    with torch.autocast(task.device.type, enabled=False):
-        shared = _gradients(task, parameters)
+    device = task.device.type
+    in_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    scale = 4096.0 if in_float16 else 1.0  # without one, float16's gradients vanish; a GradScaler's is of this order
+    with torch.autocast(device, enabled=False):
+        shared = _gradients(task * scale, parameters)
         norm = get_total_norm(shared.values()).to(task.device)
         rows = [torch.stack([norm, torch.ones_like(norm), torch.full_like(norm, bool(shared))])]
         for loss in losses:
-            gradients = _gradients(loss, shared)
+            gradients = _gradients(loss * scale, shared)
             own = get_total_norm(gradients.values()).to(norm)
             product = sum((torch.dot(g.flatten(), shared[p].flatten()) for p, g in gradients.items()), 0 * norm)
             cosine = product / (own * norm).clamp(min=torch.finfo(norm.dtype).tiny)
             rows.append(torch.stack([own, cosine, torch.full_like(norm, bool(gradients))]))
-    return torch.stack(rows)
+        ret = torch.stack(rows)
+        ret[:, 0] /= scale
+    return ret
 
 
 def measure_auto_weights(task: Tensor, values: Mapping[nn.Module, Tensor], student: nn.Module) -> None:
@@ -99,25 +104,26 @@ def measure_auto_weights(task: Tensor, values: Mapping[nn.Module, Tensor], stude
             schedule.
 
     Raises:
-        UserError: a loss has no gradient at what the student's own losses train; names it.
+        UserError: a loss has no gradient, or none that is finite, at what the student's own losses train; names it.
     """
     measuring = [loss for loss in values if loss.auto is not None and loss.auto.is_measuring]
     if not measuring:
         return
     parameters = [p for p in student.parameters() if p.requires_grad]
-    sizes = gradient_sizes(task, [values[loss] for loss in measuring], parameters)
+    # With their weights, so that float16 holds the gradients of all.
+    sizes = gradient_sizes(task, [loss.weight * values[loss] for loss in measuring], parameters)
     if comm.get_world_size() > 1:
         dist.all_reduce(sizes)
         sizes /= comm.get_world_size()
     (task_norm, *_), *rows = sizes.tolist()
     for loss, (norm, cosine, reaches) in zip(measuring, rows):
-        loss.auto.add(task_norm, norm)
+        loss.auto.add(task_norm, norm / loss.weight)
         weight = loss.auto.weight
         if not reaches or weight is None and not loss.auto.is_measuring:
             raise UserError(
                 f"{loss.key} has no gradient at the parameters that the student's own losses train (taps in a frozen "
-                f"stage, MODEL.BACKBONE.FREEZE_AT?), so its weight cannot set itself: set KD.{loss.name.upper()}."
-                f"AUTO_WEIGHT 0.0, or other STUDENT_TAPS."
+                f"stage, MODEL.BACKBONE.FREEZE_AT? a loss that is not finite?), so its weight cannot set itself: set "
+                f"KD.{loss.name.upper()}.AUTO_WEIGHT 0.0, or other STUDENT_TAPS."
             )
         if weight is not None:
             loss.weight = weight

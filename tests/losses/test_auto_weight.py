@@ -59,12 +59,13 @@ class TestSizes:
         assert all(x.grad is None for x in (a, b, c, d))
 
     def test_weight(self):
-        auto = AutoWeight(0.5, 2)
+        auto = AutoWeight(0.5, 4)
         assert auto.weight is None
         auto.add(task=8.0, loss=0.0)
         assert auto.weight is None
-        auto.add(task=float("nan"), loss=3.0)  # left out
-        assert auto.is_measuring
+        auto.add(task=float("nan"), loss=3.0)  # counted, and left out of the sums
+        auto.add(task=2.0, loss=float("inf"))
+        assert auto.weight is None and auto.is_measuring
         auto.add(task=2.0, loss=4.0)
         assert auto.weight == 0.5 * 10 / 4 and not auto.is_measuring
 
@@ -128,12 +129,13 @@ class TestTraining:
         assert torch.equal(after_measuring, after)
         assert all(torch.equal(measured[key], value) for key, value in plain.items() if value is not None)
 
-    def test_in_bfloat16(self, tmp_path):
+    @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
+    def test_in_half_precision(self, tmp_path, precision):
         weights = []
         for enabled in (False, True):
             torch.manual_seed(0)
-            model = without_momentum(build_model(auto_cfg(tmp_path, "NST", "Hint")))
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            model = without_momentum(build_model(auto_cfg(tmp_path, "NST", "Hint", "MGD")))
+            with torch.autocast("cpu", dtype=precision, enabled=enabled):
                 torch.manual_seed(0)
                 model(batch())
             weights.append([loss.weight for loss in model.losses.values()])
