@@ -5,6 +5,7 @@ from kd_det.teachers.ema import EMATeacher, ema_teacher
 from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage
 from kd_det.teachers.feature_teacher import FeatureTeacher, torchvision_teacher
 from kd_det.teachers.runner import Teacher
+from kd_det.teachers.sources import TeacherSource, register_teacher_source
 
 __all__ = [
     "AveragedTeacher",
@@ -13,10 +14,12 @@ __all__ = [
     "OtherTeacher",
     "Teacher",
     "TeacherAverage",
+    "TeacherSource",
     "build_teacher",
     "build_teacher_architecture",
     "ema_teacher",
     "get_teacher_cfg",
     "load_teacher",
+    "register_teacher_source",
     "torchvision_teacher",
 ]
