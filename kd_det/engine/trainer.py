@@ -52,6 +52,8 @@ class Trainer(DefaultTrainer):
     end ``OUTPUT_DIR/model_ema.pth`` is a plain student of the average.
     """
 
+    average: WeightAverage | None = None
+
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
@@ -104,7 +106,8 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         # DefaultTrainer's __init__ calls this with the model built and nothing loaded.
         decay = self.ema_decay(self.cfg)
-        self.average = WeightAverage(plain_model(self.model), decay) if decay else None
+        if decay:
+            self.average = WeightAverage(plain_model(self.model), decay)
         ret = [
             hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, hooks.EvalHook) else hook
             for hook in super().build_hooks()

@@ -74,6 +74,8 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     if getattr(model, "input_format", None) is None:
         model.input_format = teacher_cfg.INPUT.FORMAT
     if cfg.KD.TEACHER.CONFIG_FILE == OWN_AVERAGE:
+        if cfg.KD.TEACHER.WEIGHTS:
+            raise ValueError(f"KD.TEACHER.WEIGHTS is not for CONFIG_FILE {OWN_AVERAGE!r}, the student's own average.")
         return ema_teacher(model.to(teacher_cfg.MODEL.DEVICE), cfg.KD.TEACHER.EMA_DECAY)
     read = teacher_source(cfg.KD.TEACHER.CONFIG_FILE).read_weights(teacher_cfg)
     load_strictly(model, teacher_cfg.MODEL.WEIGHTS, who=f"teacher {cfg.KD.TEACHER.CONFIG_FILE!r}", read=read)
@@ -111,8 +113,8 @@ def load_teacher(*, model: nn.Module, weights: str, input_format: Optional[str] 
 
 def _own_average_cfg(cfg: CfgNode) -> CfgNode:
     """The student's config; its weights are those of the student's first step."""
-    if unused := [key for key in ("WEIGHTS", "OPTS") if cfg.KD.TEACHER[key]]:
-        raise ValueError(f"KD.TEACHER.{unused[0]} is not for CONFIG_FILE {OWN_AVERAGE!r}, the student's own average.")
+    if cfg.KD.TEACHER.OPTS:
+        raise ValueError(f"KD.TEACHER.OPTS is not for CONFIG_FILE {OWN_AVERAGE!r}, the student's own average.")
     if cfg.KD.INHERIT:
         raise ValueError(f"KD.INHERIT needs a trained teacher, and KD.TEACHER.CONFIG_FILE is {OWN_AVERAGE!r}.")
     teacher_cfg = cfg.clone()

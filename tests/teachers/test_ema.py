@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from kd_det import Distiller, student_cfg
+from kd_det.cli import argument_parser, check_run, load_config, parse_arguments, taps
 from kd_det.losses import NSTLoss
 from kd_det.teachers import ema_teacher
 from tests.engine.test_distributed import on_two_ranks
@@ -100,6 +101,16 @@ def test_a_deep_copy_follows_its_own_student(tmp_path):
     assert not torch.equal(twin.teacher.state_dict()[KEYS[0]], before[KEYS[0]])
     steps(model, 2)
     assert all(torch.equal(twin.teacher.state_dict()[k], v) for k, v in model.teacher.state_dict().items())
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(run_cfg(tmp_path, "NST").dump())
+    argv = ["--config-file", str(tmp_path / "run.yaml"), "--teacher", "ema"]
+    args = parse_arguments(argument_parser(), [*argv, "--losses", "SoftTarget"])
+    cfg = check_run(load_config(args), args)
+    assert tuple(cfg.KD.LOSSES) == ("SoftTarget",) and cfg.KD.TEACHER.CONFIG_FILE == "ema"
+    taps.main(argv)
+    assert "p3" in capsys.readouterr().out.split("teacher, for")[1]
 
 
 def test_in_python():
