@@ -7,10 +7,13 @@ from detectron2.config import CfgNode as CN
 
 from kd_det.backbones import add_timm_config
 
-__all__ = ["add_kd_config", "add_loss_config", "check_kd_config"]
+__all__ = ["SCHEDULE_KEYS", "add_kd_config", "add_loss_config", "check_kd_config"]
+
+# The keys of KD that each loss may have a value of its own for; None, its default: that of KD.
+SCHEDULE_KEYS = ("WARMUP_ITERS", "STOP_ITER", "DECAY", "DECAY_START")
 
 
-def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
+def add_loss_config(cfg: CN, name: str, *, weight: float, taps=(), has_regions: bool = False) -> CN:
     """
     Add the node ``KD.<NAME>`` with the keys that every distillation loss has, and return it.
 
@@ -19,6 +22,7 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
         name: the loss' ``name`` in upper case; the loss is logged as ``loss_<name>``.
         weight: default factor of the loss in the total.
         taps: default places, the same names on both sides.
+        has_regions: whether the positions of its maps can be weighted, see :class:`kd_det.losses.regions.RegionsLoss`.
     """
     node = CN()
     # Factor of this loss in the total; 0 switches it off (nothing is built, nothing is run).
@@ -27,12 +31,17 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     node.STUDENT_TAPS = tuple(taps)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
-    # Iterations of linear warm-up of the factor; None: KD.WARMUP_ITERS.
-    node.WARMUP_ITERS = None
-    # Iteration from which the loss is off (-1: never); None: KD.STOP_ITER.
-    node.STOP_ITER = None
     # As KD.AUTO_WEIGHT, for this loss; None: KD's. (WEIGHT "auto" in kd_det's commands: KD's, or 0.5.)
     node.AUTO_WEIGHT = None
+    # The loss' own KD.WARMUP_ITERS, KD.STOP_ITER, KD.DECAY and KD.DECAY_START; None: that of KD.
+    for key in SCHEDULE_KEYS:
+        node[key] = None
+    if has_regions:
+        # Positions that count: "all", "boxes" or a "gaussian" in each box of the ground truth, "proposals" (how many of
+        # the student's sampled ones lie there), or "foreground_background".
+        node.REGIONS = "all"
+        # With "foreground_background", the share of the weight that lies on objects; DeFeat's is 3 / (3 + 12).
+        node.FOREGROUND_SHARE = 0.2
     cfg.KD[name] = node
     return node
 
@@ -55,6 +64,10 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.WARMUP_ITERS = 0
     # Iteration from which every distillation loss is off (-1: never).
     cfg.KD.STOP_ITER = -1
+    # "linear" or "cosine": every distillation loss falls to 0 at KD.STOP_ITER, or at SOLVER.MAX_ITER if that is -1.
+    cfg.KD.DECAY = ""
+    # Iteration from which it falls.
+    cfg.KD.DECAY_START = 0
     # Weights that set themselves: the gradient of each loss becomes this part of the gradient of the student's own
     # losses at the parameters that both train, and a WEIGHT of 0 still switches it off. 0.0: weights are as configured.
     cfg.KD.AUTO_WEIGHT = 0.0
@@ -79,13 +92,17 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.STUDENT.META_ARCHITECTURE = "GeneralizedRCNN"
 
     cfg.KD.TEACHER = CN()
-    # The teacher's config: a file, or a model-zoo name such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml". "ema":
-    # the student's own average (mean teacher, arXiv 1703.01780), which needs no weights.
+    # The teacher: a config file (yaml, or a LazyConfig, .py, which is run), a model-zoo name such as
+    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME" or "timm://NAME". "ema": the student's own
+    # average (mean teacher, arXiv 1703.01780), which needs no weights.
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # The teacher's weights. Empty: the zoo entry's checkpoint, or MODEL.WEIGHTS of the teacher's config file.
+    # The teacher's weights. Empty: the zoo entry's checkpoint, the library's own, or those that its config file names.
     cfg.KD.TEACHER.WEIGHTS = ""
-    # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10].
+    # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10], of a LazyConfig
+    # ["model.roi_heads.num_classes", 10].
     cfg.KD.TEACHER.OPTS = []
+    # Whether training first evaluates the teacher on DATASETS.TEST, and logs it as "teacher/bbox/AP" and the like.
+    cfg.KD.TEACHER.EVALUATE = False
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
     # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.
     cfg.KD.TEACHER.DTYPE = "float32"
@@ -97,7 +114,7 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHERS = []
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
-    node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # "linear", "poly" ((x.y + OFFSET)^DEGREE) or "gaussian".
     node.KERNEL = "poly"
     # d of the polynomial kernel.
@@ -116,7 +133,7 @@ def add_kd_config(cfg: CN) -> None:
     node.MARGIN = 0.0
 
     # AT, attention transfer (arXiv 1612.03928), activation-based; the weight is beta / 2 of Eq. 2.
-    node = add_loss_config(cfg, "AT", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "AT", weight=1.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # F: "sum" (sum_c |A_c|), "sum_pow" (sum_c |A_c|^P) or "max_pow" (max_c |A_c|^P).
     node.MAPPING = "sum_pow"
     # p of the mapping.
@@ -127,8 +144,8 @@ def add_kd_config(cfg: CN) -> None:
     # OFD, overhaul of feature distillation (arXiv 1904.01866). A position sums hundreds of channels; the published
     # weights come to 5e-3 (ImageNet) and 1e-2 (segmentation) at the deepest stage. Without res2, which Detectron2
     # freezes by default (MODEL.BACKBONE.FREEZE_AT): a frozen student stage learns nothing from a loss on it.
-    stages = ("res3", "res4", "res5")
-    node = add_loss_config(cfg, "OVERHAUL", weight=1e-3, taps=tuple(f"{stage}.pre_activation" for stage in stages))
+    taps = tuple(f"{stage}.pre_activation" for stage in ("res3", "res4", "res5"))
+    node = add_loss_config(cfg, "OVERHAUL", weight=1e-3, taps=taps, has_regions=True)
     # Margins of the ReLU: "calibrated" (negative responses to the first training images), "running" (to all images so
     # far) or "norm" (closed form from the last norm's weight and bias, refused where it does not hold).
     node.MARGIN = "calibrated"
@@ -150,19 +167,19 @@ def add_kd_config(cfg: CN) -> None:
     node.GRID = 8
 
     # Hints (FitNets, arXiv 1412.6550) at middle layers: p2 alone would cost three times as much as these together.
-    node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p3", "p4", "p5"))
+    node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p3", "p4", "p5"), has_regions=True)
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
 
     # PKD (arXiv 2207.02039): channels standardised over images and positions. Weight and levels are MMRazor's for
     # Faster R-CNN, R-101 to R-50.
-    node = add_loss_config(cfg, "PKD", weight=6.0, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "PKD", weight=6.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""
 
     # CWD, channel-wise distillation (arXiv 2011.13256). Weight and levels are MMRazor's for Faster R-CNN, R-101 to
     # R-50.
-    node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5", "p6"))
+    node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5", "p6"), has_regions=True)
     # T: each channel's softmax over positions is taken at features / T.
     node.TEMPERATURE = 1.0
     # As KD.PKD.CONNECTOR_NORM.
@@ -184,7 +201,7 @@ def add_kd_config(cfg: CN) -> None:
 
     # MGD (arXiv 2205.01529); the weight is alpha, published as 5e-7 for Faster R-CNN at these levels, and as 2e-5 for
     # RetinaNet at all five, with gradients clipped at norm 35.
-    node = add_loss_config(cfg, "MGD", weight=5e-7, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "MGD", weight=5e-7, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # lambda, the share of positions that are hidden: 0.45 for Faster R-CNN, 0.65 for RetinaNet.
     node.MASK_RATIO = 0.45
     # As KD.PKD.CONNECTOR_NORM.
@@ -215,6 +232,35 @@ def add_kd_config(cfg: CN) -> None:
     # T of the softmaxes.
     node.TEMPERATURE = 1.0
 
+    # What the heads of RetinaNet or FCOS predict, where the teacher is confident; the weight and the options are ours.
+    # It chooses its taps itself, as do the next two losses.
+    node = add_loss_config(cfg, "DENSE_SOFT_TARGET", weight=1.0)
+    # T of the classes' sigmoids.
+    node.TEMPERATURE = 1.0
+    # Each anchor counts by the teacher's score to this power; 0: all alike, 1: as in arXiv 2111.00674.
+    node.CONFIDENCE_POWER = 2.0
+    # Weight of the boxes beside the classes; 0: none are compared. FCOS' centerness has weight 1.
+    node.BOX_WEIGHT = 1.0
+    # Distance of the boxes: "giou", or "l1" of the head's own deltas.
+    node.BOX_LOSS = "giou"
+
+    # The same of two RPNs with equal anchors, their objectness and their deltas; the keys mean the same.
+    node = add_loss_config(cfg, "RPN_SOFT_TARGET", weight=1.0)
+    node.TEMPERATURE = 1.0
+    node.CONFIDENCE_POWER = 2.0
+    node.BOX_WEIGHT = 1.0
+    # Detectron2's RPN learns by L1 itself.
+    node.BOX_LOSS = "l1"
+
+    # CrossKD (arXiv 2306.11369) of RetinaNet or FCOS: the student's features through the teacher's head. The weights
+    # are the published ones for RetinaNet; FCOS takes WEIGHT 0.4, BOX_WEIGHT 1.875 (0.75 in all) and CUT 2.
+    node = add_loss_config(cfg, "CROSS_KD", weight=1.0)
+    # Convolutions of the student's head that its features have passed; the published heads have four.
+    node.CUT = 3
+    # As KD.DENSE_SOFT_TARGET's; published with the power 1, and another divisor.
+    node.CONFIDENCE_POWER = 2.0
+    node.BOX_WEIGHT = 1.0
+
     # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2, for which the paper gives
     # no number: this one is ours. Taps are read two by two, each pair is one flow.
     node = add_loss_config(cfg, "FSP", weight=1e-5, taps=("res2", "res3", "res3", "res4", "res4", "res5"))
@@ -240,7 +286,7 @@ def check_kd_config(node: CN, name: str = "KD") -> None:
     for key, value in node.items():
         if isinstance(value, CN):
             check_kd_config(value, f"{name}.{key}")
-        elif value is None and (name == "KD" or key not in ("WARMUP_ITERS", "STOP_ITER", "AUTO_WEIGHT")):
+        elif value is None and (name == "KD" or key not in (*SCHEDULE_KEYS, "AUTO_WEIGHT")):
             raise ValueError(f"{name}.{key} is None, and needs a value.")
 
 

@@ -102,11 +102,11 @@ class Distiller(nn.Module):
         if self.input_format is None:
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
         every_loss = self.losses.values()
-        self._student_taps = Taps(student, [t for loss in every_loss for t in loss.student_taps], side="student")
         for group in groups:
             if group.losses:
                 self._teachers[group.name] = self._connect(group)
-        if any(loss.needs_regions for loss in every_loss):
+        self._student_taps = Taps(student, [t for loss in every_loss for t in loss.student_taps], side="student")
+        if any(loss.needs_regions or loss.needs_proposals for loss in every_loss):
             self._region_taps = RegionTaps(RegionHead(getattr(student, "roi_heads", None), side="student"))
         # The student outlives the Distiller; the teacher must not live on in a hook of it.
         handles = [handle for teacher in self._teachers.values() for handle in teacher.handles]
@@ -257,7 +257,7 @@ class Distiller(nn.Module):
         scheduled = not all(loss.schedule.is_constant for loss in self.losses.values())
         if scheduled and not has_event_storage():
             raise RuntimeError(
-                "Warm-up and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
+                "Warm-up, decay and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
                 "run the training step inside `with EventStorage(start_iter) as storage:` and call storage.step()."
             )
         iteration = get_event_storage().iter if scheduled else 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from kd_det.features.position_weights import pad_boxes, position_weights
 from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions, to_device
 
 __all__ = ["StepContext", "normalised_images", "to_device", "valid_mask", "valid_sizes"]
@@ -77,6 +78,8 @@ class StepContext:
     sampled: Optional[List[SampledRegions]] = None  # the student's, one entry a stage, see RegionTaps.pop
     _sizes: Dict[torch.device, Tensor] = field(default_factory=dict, init=False)
     _masks: Dict[Tuple, Optional[Tensor]] = field(default_factory=dict, init=False)
+    _boxes: Dict[Tuple, Tensor] = field(default_factory=dict, init=False)
+    _weights: Dict[Tuple, Tensor] = field(default_factory=dict, init=False)
     _targets: Dict[int, RegionTargets] = field(default_factory=dict, init=False)
     _pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = field(default=None, init=False)
 
@@ -93,6 +96,31 @@ class StepContext:
             whole = all(limits == size for limits in self.valid_sizes(features))
             self._masks[size, device] = None if whole else valid_mask(self._sizes[device], self.canvas, size)
         return self._masks[size, device]
+
+    def position_weights(self, features: Tensor, regions: str, foreground_share: float) -> Tensor:
+        """
+        How much each position of a map counts, float (N, 1, H, W), see
+        :func:`kd_det.features.position_weights.position_weights`: by the ground truth's boxes or, for "proposals", the
+        regions that the student sampled, in a cascade those of its first stage. Boxes are copied to the device once a
+        step, and maps of one size share their weights.
+        """
+        size, device = tuple(features.shape[-2:]), features.device
+        of_student, key = regions == "proposals", (regions, foreground_share, size, device)
+        if key not in self._weights:
+            if (of_student, device) not in self._boxes:
+                if of_student and self.sampled is None:
+                    raise RuntimeError("proposals were not recorded: the loss must declare needs_proposals = True")
+                boxes = self.sampled[0].boxes if of_student else [x.gt_boxes for x in self.ground_truth()]
+                self._boxes[of_student, device] = pad_boxes([b.tensor for b in boxes], device)
+            self._weights[key] = position_weights(
+                regions,
+                self._boxes[of_student, device],
+                self.canvas,
+                size,
+                valid=self.valid(features),
+                foreground_share=foreground_share,
+            )
+        return self._weights[key]
 
     def region_pairs(self) -> List[Tuple[RegionOutputs, RegionOutputs]]:
         """
@@ -120,7 +148,7 @@ class StepContext:
 
     def ground_truth(self) -> List[Instances]:
         """Each image's ground truth, on the device of the batch; a ``ValueError`` if it has none."""
-        if not self.batched_inputs or "instances" not in self.batched_inputs[0]:
+        if not self.batched_inputs or not all("instances" in x for x in self.batched_inputs):
             raise ValueError("This loss needs ground truth: the batch has no 'instances'.")
         return [x["instances"] for x in self.batched_inputs]
 

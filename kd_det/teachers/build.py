@@ -74,8 +74,8 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     if getattr(model, "input_format", None) is None:
         model.input_format = teacher_cfg.INPUT.FORMAT
     if cfg.KD.TEACHER.CONFIG_FILE == OWN_AVERAGE:
-        if cfg.KD.TEACHER.WEIGHTS:
-            raise ValueError(f"KD.TEACHER.WEIGHTS is not for CONFIG_FILE {OWN_AVERAGE!r}, the student's own average.")
+        if unused := [key for key in ("WEIGHTS", "EVALUATE") if cfg.KD.TEACHER[key]]:
+            raise ValueError(f"KD.TEACHER.{unused[0]} is not for CONFIG_FILE {OWN_AVERAGE!r}, the student's average.")
         return ema_teacher(model.to(teacher_cfg.MODEL.DEVICE), cfg.KD.TEACHER.EMA_DECAY)
     read = teacher_source(cfg.KD.TEACHER.CONFIG_FILE).read_weights(teacher_cfg)
     load_strictly(model, teacher_cfg.MODEL.WEIGHTS, who=f"teacher {cfg.KD.TEACHER.CONFIG_FILE!r}", read=read)

@@ -87,6 +87,13 @@ OPTIONS = {
     "degree 0": (["KD.NST.DEGREE", "0"], "degree"),
     "negative warm-up": (["KD.WARMUP_ITERS", "-3"], "warm-up must be >= 0"),
     "stop before never": (["KD.STOP_ITER", "-2"], "stop >= -1"),
+    "decay after the stop": (
+        ["KD.DECAY", "cosine", "KD.DECAY_START", "90", "KD.STOP_ITER", "80"],
+        "a decay must start .* before the loss stops, found a start at 90 and a stop at 80",
+    ),
+    "unknown decay": (["KD.NST.DECAY", "step"], "Unknown decay 'step'. Valid names: linear, cosine"),
+    "unknown regions": (["KD.NST.REGIONS", "box"], "Unknown regions 'box'. Did you mean 'boxes'"),
+    "share above 1": (["KD.NST.FOREGROUND_SHARE", "2.0"], "foreground_share must be in 0 to 1, found 2.0"),
     "warm-up a word": (["KD.NST.WARMUP_ITERS", "soon"], "soon"),
     "no value": (["KD.LOSSES", "None"], "KD.LOSSES is None, and needs a value"),
     "no value of a loss": (["KD.NST.WEIGHT", "None"], "KD.NST.WEIGHT is None, and needs a value"),
@@ -117,9 +124,21 @@ OPTIONS = {
         ["KD.TEACHER.CONFIG_FILE", "https://host/x.yaml"],
         "is a URL. Expected a config file .*, .* timm://NAME",
     ),
-    "teacher is a LazyConfig": (
-        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"],
-        "is a LazyConfig, expected a yaml",
+    "teacher is no network of torchvision": (
+        ["KD.TEACHER.CONFIG_FILE", "torchvision://fasterrcnn_resnet51_fpn"],
+        "Unknown network of torchvision 'fasterrcnn_resnet51_fpn'. Did you mean 'fasterrcnn_resnet50_fpn",
+    ),
+    "teacher has no such weights": (
+        ["KD.TEACHER.CONFIG_FILE", "timm://resnet18.a1_in2k"],
+        "Unknown weights of timm's 'resnet18' 'a1_in2k'. Did you mean 'a1_in1k'",
+    ),
+    "teacher to evaluate on nothing": (
+        ["KD.TEACHER.EVALUATE", "True", "DATASETS.TEST", "()"],
+        "KD.TEACHER.EVALUATE needs data sets to evaluate on, and DATASETS.TEST is empty",
+    ),
+    "teacher is a LazyConfig without weights": (
+        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py", "KD.TEACHER.WEIGHTS", ""],
+        "fcos_R_50_FPN_1x.py' has no weights",
     ),
     "missing teacher weights": (["KD.TEACHER.WEIGHTS", "nowhere.pth"], "do not exist: 'nowhere.pth'"),
     "teacher of another size": (
@@ -137,6 +156,27 @@ OPTIONS = {
     "teacher with other classes": (
         ["KD.LOSSES", "('SoftTarget',)", "MODEL.ROI_HEADS.NUM_CLASSES", "4"],
         "the student has 4 classes and the teacher 3",
+    ),
+    "no dense head": (
+        ["KD.LOSSES", "('DenseSoftTarget',)"],
+        "DenseSoftTargetLoss compares two heads at the same anchors: the student GeneralizedRCNN has no dense head",
+    ),
+    "nothing to cross": (["KD.LOSSES", "('CrossKD',)"], "CrossKDLoss .* GeneralizedRCNN has no dense head"),
+    "no RPN": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"],
+        "the student GeneralizedRCNN has no RPN",
+    ),
+    "other anchors": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [64], [96]]"],
+        "the student's anchors of level 4 are .*96x96.* at stride 64, the teacher's .*128x128.* at stride 64",
+    ),
+    "taps of a loss that finds its own": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "KD.RPN_SOFT_TARGET.STUDENT_TAPS", "('p2',)"],
+        "RPNSoftTargetLoss chooses the taps in the heads itself, found \\('p2',\\)",
+    ),
+    "unknown distance of boxes": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "KD.RPN_SOFT_TARGET.BOX_LOSS", "l2"],
+        "Unknown kind of dense_box_loss 'l2'. Did you mean 'l1'",
     ),
     # The student.
     "unknown meta-architecture": (["MODEL.META_ARCHITECTURE", "Destiller"], "Did you mean 'Distiller'"),

@@ -130,6 +130,7 @@ def test_in_python():
     [
         ({"KD__TEACHER__WEIGHTS": "a.pth"}, "KD.TEACHER.WEIGHTS is not for CONFIG_FILE 'ema'"),
         ({"KD__TEACHER__OPTS": ["MODEL.RESNETS.DEPTH", 34]}, "KD.TEACHER.OPTS is not for CONFIG_FILE 'ema'"),
+        ({"KD__TEACHER__EVALUATE": True}, "KD.TEACHER.EVALUATE is not for CONFIG_FILE 'ema'"),
         ({"KD__TEACHER__EMA_DECAY": 0.0}, "KD.TEACHER.EMA_DECAY must be in"),
         ({"KD__TEACHER__DTYPE": "bfloat16"}, "is kept in float32"),
         ({"KD__AUTO_WEIGHT": 0.5}, "loss_nst: the student's average begins as the student.* KD.NST.AUTO_WEIGHT 0.0"),
