@@ -13,7 +13,8 @@ from kd_det.losses import HintLoss, NSTLoss, OverhaulLoss, SoftTargetLoss, soft_
 from kd_det.teachers import OtherTeacher, TeacherAverage
 from kd_det.teachers.ensemble import AveragedHead
 from tests.engine.test_resume import load, resume_from
-from tests.tiny import batch, distillation_cfg, tiny_cfg
+from tests.test_accelerator import retinanet
+from tests.tiny import batch, distillation_cfg, tiny_cfg, tiny_retinanet_cfg
 from tests.tiny_run import differing, run_cfg, train
 
 
@@ -109,6 +110,21 @@ class TestAveraged:
             networks = [build_model(tiny_cfg(depth=50, width=8)) for _ in range(2)]
             with pytest.raises(ValueError, match="OverhaulLoss reads the teacher's network itself"):
                 Distiller(student=build_model(tiny_cfg()), teacher=TeacherAverage(networks), losses=[loss])
+
+    def test_of_dense_heads(self, tmp_path):
+        teacher = tiny_retinanet_cfg(depth=50, width=8)
+        opts = {"KD__CROSS_KD__CUT": 1, "KD__NST__STUDENT_TAPS": ["p3"]}
+        cfg = retinanet(distillation_cfg(tmp_path, "DenseSoftTarget", "NST", teacher=teacher, **opts))
+        cfg.KD.TEACHERS = [{key: cfg.KD.TEACHER[key] for key in ("CONFIG_FILE", "WEIGHTS")}]
+        model = build_model(cfg)
+        twice = values(model)
+        cfg.KD.TEACHERS = []
+        single = build_model(cfg)
+        single.load_state_dict(model.state_dict())
+        assert twice == pytest.approx(values(single), rel=1e-5)
+        cfg.KD.TEACHERS, cfg.KD.LOSSES = [dict(cfg.KD.TEACHER)], ("CrossKD",)
+        with pytest.raises(ValueError, match="CrossKDLoss reads the teacher's network itself"):
+            build_model(cfg)
 
     @pytest.mark.parametrize(
         "losses, opts, message",
