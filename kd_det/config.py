@@ -93,14 +93,20 @@ def add_kd_config(cfg: CN) -> None:
 
     cfg.KD.TEACHER = CN()
     # The teacher: a config file (yaml, or a LazyConfig, .py, which is run), a model-zoo name such as
-    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME" or "timm://NAME". "ema": the student's own
-    # average (mean teacher, arXiv 1703.01780), which needs no weights.
+    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME", "timm://NAME", or "hf://NAME" of a detector
+    # of transformers (of the Hugging Face hub, or a folder). "ema": the student's own average (mean teacher, arXiv
+    # 1703.01780), which needs no weights.
     cfg.KD.TEACHER.CONFIG_FILE = ""
     # The teacher's weights. Empty: the zoo entry's checkpoint, the library's own, or those that its config file names.
     cfg.KD.TEACHER.WEIGHTS = ""
     # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10], of a LazyConfig
     # ["model.roi_heads.num_classes", 10].
     cfg.KD.TEACHER.OPTS = []
+    # Names of the teacher's classes, in order. Empty: those of its config's data sets, where Detectron2 knows them.
+    cfg.KD.TEACHER.CLASSES = []
+    # Classes that student and teacher name differently, as [student's, teacher's] pairs, each a name or a number, e.g.
+    # [["sofa", "couch"]]. The others are those of the same name; where names are not known, all are, in order.
+    cfg.KD.TEACHER.CLASS_MAP = []
     # Whether training first evaluates the teacher on DATASETS.TEST, and logs it as "teacher/bbox/AP" and the like.
     cfg.KD.TEACHER.EVALUATE = False
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
@@ -126,6 +132,16 @@ def add_kd_config(cfg: CN) -> None:
     node = add_loss_config(cfg, "SOFT_TARGET", weight=1.0)
     # T: both softmaxes are taken at logits / T, and the loss is multiplied by T^2.
     node.TEMPERATURE = 2.0
+
+    # Soft targets on the logits of the mask head, pixel by pixel, on the student's foreground regions.
+    node = add_loss_config(cfg, "MASK_SOFT_TARGET", weight=1.0)
+    # T of the sigmoids; 1 in pixel-wise distillation (arXiv 1903.04197).
+    node.TEMPERATURE = 1.0
+
+    # Soft targets on the heatmaps of the keypoint head, on the student's foreground regions.
+    node = add_loss_config(cfg, "KEYPOINT_SOFT_TARGET", weight=1.0)
+    # T of the softmaxes over a heatmap's positions; 1 in DWPose (arXiv 2307.15880).
+    node.TEMPERATURE = 1.0
 
     # Teacher-bounded box regression (Chen et al., NIPS 2017) on the student's sampled foreground regions.
     node = add_loss_config(cfg, "BOUNDED_REGRESSION", weight=1.0)

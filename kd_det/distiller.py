@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kd_det.compat import has_event_storage
 from kd_det.config import check_kd_config
 from kd_det.features.context import StepContext
+from kd_det.features.region_branches import RegionBranch
 from kd_det.features.regions import RegionHead, RegionTaps
 from kd_det.features.taps import Taps
 from kd_det.losses.auto_weight import measure_auto_weights
@@ -106,8 +107,11 @@ class Distiller(nn.Module):
             if group.losses:
                 self._teachers[group.name] = self._connect(group)
         self._student_taps = Taps(student, [t for loss in every_loss for t in loss.student_taps], side="student")
-        if any(loss.needs_regions or loss.needs_proposals for loss in every_loss):
-            self._region_taps = RegionTaps(RegionHead(getattr(student, "roi_heads", None), side="student"))
+        if any(loss.needs_regions or loss.needs_proposals or loss.branch for loss in every_loss):
+            roi_heads = getattr(student, "roi_heads", None)
+            names = sorted({loss.branch for loss in every_loss if loss.branch})
+            branches = [RegionBranch(roi_heads, name, side="student") for name in names]
+            self._region_taps = RegionTaps(RegionHead(roi_heads, side="student"), branches)
         # The student outlives the Distiller; the teacher must not live on in a hook of it.
         handles = [handle for teacher in self._teachers.values() for handle in teacher.handles]
         weakref.finalize(self, _remove, [*self._student_taps.handles, *handles])
@@ -131,7 +135,7 @@ class Distiller(nn.Module):
             [t for loss in losses for t in loss.teacher_taps],
             input_format=self.input_format,
             student=self.student,
-            with_head=any(loss.needs_regions for loss in losses),
+            with_head=any(loss.needs_regions or loss.branch for loss in losses),
             dtype=group.dtype,
         )
 
@@ -202,7 +206,9 @@ class Distiller(nn.Module):
             if regions is not None:
                 contexts.enter_context(regions.recording())
             losses = self.student(batched_inputs)
-        features, sampled = self._student_taps.pop(), regions.pop() if regions is not None else None
+        features = self._student_taps.pop()
+        branch_regions = regions.branch_regions() if regions is not None else {}
+        sampled = regions.pop() if regions is not None else None
         taught = {name: teacher.pop() for name, teacher in teachers.items()}
         self._warn_of_frozen_taps(features)
         steps = {
@@ -214,6 +220,7 @@ class Distiller(nn.Module):
                 teacher=teachers[name],
                 teacher_outputs=maps.outputs,
                 student_head=regions.head if regions is not None else None,
+                branch_regions=branch_regions,
                 sampled=sampled,
             )
             for name, maps in taught.items()

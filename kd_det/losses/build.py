@@ -39,6 +39,7 @@ class DistillationLoss(nn.Module):
         needs_regions: whether it reads ``context.region_pairs()``; both networks must then have ROI heads.
         needs_proposals: whether it reads the student's sampled regions alone, ``context.sampled``; the student must
             then have ROI heads.
+        branch: "mask" or "keypoint" if it reads ``context.branch_pair(branch)``; both networks must then have the head.
         compares_classes: whether it compares class by class; both networks must then have the same classes.
         needs_one_teacher: whether it reads the teacher's network itself, not only its maps and its predictions for
             regions; it cannot be taught by an average of several then.
@@ -49,6 +50,7 @@ class DistillationLoss(nn.Module):
     needs_taps = True
     needs_regions = False
     needs_proposals = False
+    branch: Optional[str] = None
     compares_classes = False
     needs_one_teacher = False
     teacher_name = ""
@@ -138,7 +140,7 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: the loss needs taps and has none, or taps on regions.
         """
-        if self.needs_taps and not self.needs_regions and not self.student_taps:
+        if self.needs_taps and not self.needs_regions and not self.branch and not self.student_taps:
             raise ValueError(
                 f"{type(self).__name__} compares maps and has no taps: name at least one place in "
                 f"KD.{self.name.upper()}.STUDENT_TAPS, such as 'p3'."

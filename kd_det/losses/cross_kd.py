@@ -99,6 +99,7 @@ class CrossKDLoss(DenseHeadLoss):
     """
 
     name = "cross_kd"
+    compares_classes = False  # both sides are the teacher's head, so they are its classes
     needs_one_teacher = True
 
     @configurable

@@ -6,6 +6,9 @@ from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAvera
 from kd_det.teachers.feature_teacher import FeatureTeacher, torchvision_teacher
 from kd_det.teachers.runner import Teacher
 from kd_det.teachers.sources import TeacherSource, register_teacher_source
+from kd_det.teachers.torchvision_detectors import torchvision_detector
+from kd_det.teachers.torchvision_source import TorchvisionTeacher
+from kd_det.teachers.transformers_detectors import TransformersDetector
 
 __all__ = [
     "AveragedTeacher",
@@ -15,11 +18,14 @@ __all__ = [
     "Teacher",
     "TeacherAverage",
     "TeacherSource",
+    "TorchvisionTeacher",
+    "TransformersDetector",
     "build_teacher",
     "build_teacher_architecture",
     "ema_teacher",
     "get_teacher_cfg",
     "load_teacher",
     "register_teacher_source",
+    "torchvision_detector",
     "torchvision_teacher",
 ]

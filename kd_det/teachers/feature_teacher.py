@@ -1,8 +1,8 @@
 """
 Teachers of other libraries: any network that maps images to feature maps can teach a detector.
 
-By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"``, with the
-library's own weights or a file of them; in Python, :class:`FeatureTeacher` around any network, or
+By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://resnet50"`` or ``"timm://convnext_tiny"``, with the library's own
+weights or a file of them; in Python, :class:`FeatureTeacher` around any network, or
 :func:`torchvision_teacher`.
 """
 
@@ -181,7 +181,6 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
     return FeatureTeacher(**_of_torchvision_detector(detector))
 
 
-@register_teacher_source("torchvision")
 @register_teacher_source("timm")
 class LibraryTeacher(TeacherSource):
     """

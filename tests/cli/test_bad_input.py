@@ -157,6 +157,27 @@ OPTIONS = {
         ["KD.LOSSES", "('SoftTarget',)", "MODEL.ROI_HEADS.NUM_CLASSES", "4"],
         "the student has 4 classes and the teacher 3",
     ),
+    "no class in common": (
+        ["KD.LOSSES", "('SoftTarget',)", "KD.TEACHER.CLASSES", "['x', 'y', 'z']"],
+        "no class in common: the student's are 0, 1, 2, the teacher's x, y, z",
+    ),
+    "too few names of the teacher's classes": (
+        ["KD.LOSSES", "('SoftTarget',)", "KD.TEACHER.CLASSES", "['1', '2']"],
+        "a name for each class, found .* 2 for the teacher's 3 .KD.TEACHER.CLASSES",
+    ),
+    "class map of an unknown class": (
+        ["KD.LOSSES", "('DKD',)", "KD.TEACHER.CLASS_MAP", "[['cat', 0]]"],
+        "KD.TEACHER.CLASS_MAP: Unknown class of the student 'cat'. Valid names: 0, 1, 2",
+    ),
+    "class twice in the map": (
+        ["KD.LOSSES", "('BoundedRegression',)", "KD.TEACHER.CLASS_MAP", "[['0', 1], ['2', 1]]"],
+        "KD.TEACHER.CLASS_MAP has 1 twice",
+    ),
+    "masks of a student without": (["KD.LOSSES", "('MaskSoftTarget',)"], "MODEL.MASK_ON.; the student has none"),
+    "keypoints of a teacher without": (
+        ["KD.LOSSES", "('KeypointSoftTarget',)", "MODEL.KEYPOINT_ON", "True"],
+        "MODEL.KEYPOINT_ON.; the teacher has none",
+    ),
     "no dense head": (
         ["KD.LOSSES", "('DenseSoftTarget',)"],
         "DenseSoftTargetLoss compares two heads at the same anchors: the student GeneralizedRCNN has no dense head",
