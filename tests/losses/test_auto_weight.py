@@ -149,7 +149,9 @@ class TestTraining:
             found.append(({n: p.grad for n, p in model.named_parameters()}, torch.rand(1)))
         (measured, after_measuring), (plain, after) = found
         assert torch.equal(after_measuring, after)
-        assert all(torch.equal(measured[key], value) for key, value in plain.items() if value is not None)
+        for key, value in plain.items():
+            if value is not None:  # the order of sums may differ
+                torch.testing.assert_close(measured[key], value, rtol=1e-4, atol=1e-6 + 1e-5 * value.abs().max().item())
 
     @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
     def test_in_half_precision(self, tmp_path, precision):
