@@ -14,6 +14,7 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.modeling import FPN, Backbone, ResNet
 from detectron2.utils import comm
+from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 KD_DET = Path(__file__).parents[1] / "kd_det"
@@ -27,6 +28,7 @@ NAMES = {
     "_LOCAL_PROCESS_GROUP": lambda: hasattr(comm, "_LOCAL_PROCESS_GROUP") and reads(comm.get_local_rank, "_LOCAL_PROC"),
     "_BatchNorm": lambda: issubclass(nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm),
     "_coco_api": lambda: reads(COCOEvaluator.__init__, "self._coco_api = COCO("),
+    "_default_font_size": lambda: reads(Visualizer.draw_text, "self._default_font_size"),
     "_data_loader": lambda: reads(hooks.PreciseBN, "self._data_loader ="),
     "_data_loader_iter": lambda: reads(SimpleTrainer.run_step, "next(self._data_loader_iter)"),
     "_eval_predictions": lambda: reads(COCOEvaluator.evaluate, "self._eval_predictions("),

@@ -9,6 +9,8 @@ Train a detector with or without a teacher, or evaluate it: Detectron2's tools/t
 
 import argparse
 import functools
+import shlex
+import sys
 
 from detectron2.engine import default_setup, hooks
 from detectron2.evaluation import verify_results
@@ -22,6 +24,7 @@ from kd_det.cli.checks.run import remove_earlier_run
 from kd_det.cli.launch import launch
 from kd_det.cli.run_tool import run_tool
 from kd_det.cli.summary import distillation_summary
+from kd_det.cli.visualize import visualization_hook
 from kd_det.engine import Trainer, evaluate
 from kd_det.engine.evaluation import test_with_augmentation
 from kd_det.study.run_config import used_config
@@ -35,6 +38,7 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     remove_earlier_run(cfg.OUTPUT_DIR, args)
     default_setup(used_config(cfg), args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
+    logger.info(f"Command: {shlex.join(sys.argv)}")
     for warning in args.warnings:
         logger.warning(warning)
     if args.eval_only:
@@ -48,6 +52,8 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     if cfg.TEST.AUG.ENABLED:
         student = getattr(model, "student", model)
         trainer.register_hooks([hooks.EvalHook(0, lambda: test_with_augmentation(cfg, student, trainer_class))])
+    if cfg.VIS_PERIOD > 0:
+        trainer.register_hooks([visualization_hook(cfg, model)])
     if getattr(model, "losses", None):
         logger.info(f"Distillation:\n{distillation_summary(model)}")
     return trainer.train()

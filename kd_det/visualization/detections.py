@@ -1,23 +1,19 @@
 """
-What a run looks like: pictures of detections side by side, and tables of results.
-
-Images are (H, W, 3) uint8, BGR; drawings are ``width`` pixels wide.
+Pictures of detections side by side. Images are (H, W, 3) uint8, BGR; drawings are ``width`` pixels wide.
 """
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
-from tabulate import tabulate
 
-__all__ = ["comparison_table", "detection_grid", "draw_detections", "draw_ground_truth", "seeds_table"]
+__all__ = ["detection_grid", "draw_detections", "draw_ground_truth"]
 
 _GAP = 6  # pixels between panels
+_LABELS_A_WIDTH = 24  # as many labels as high as a drawing is wide
 _TITLE = 22  # height of the line of titles in pixels; the baseline of its text is at 20
 
 
@@ -59,32 +55,13 @@ def detection_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) 
     return np.concatenate(lines)
 
 
-def comparison_table(rows: Sequence[tuple[str, int, Mapping[str, float]]]) -> str:
-    """A Markdown table of models: name, number of parameters and metrics (see :func:`kd_det.study.read_metrics`)."""
-    table = [
-        (name, f"{parameters:,}", f"{m.get('time', math.nan):.3f}", f"{m['bbox/AP']:.1f}", f"{m['bbox/AP50']:.1f}")
-        for name, parameters, m in rows
-    ]
-    return _markdown(table, ("model", "parameters", "s / step", "AP", "AP50"))
-
-
-def seeds_table(names: tuple[str, str], results: Mapping[int, tuple[float, float]]) -> str:
-    """A Markdown table of two models' AP by seed, the second minus the first, and the means."""
-    rows = [(str(seed), *pair, pair[1] - pair[0]) for seed, pair in results.items()]
-    if len(rows) > 1:
-        rows.append(("mean", *(statistics.mean(column) for column in list(zip(*rows))[1:])))
-    table = [(seed, f"{a:.1f}", f"{b:.1f}", f"{gain:+.1f}") for seed, a, b, gain in rows]
-    return _markdown(table, ("seed", *(f"AP {name}" for name in names), "difference"))
-
-
 def _visualizer(image: np.ndarray, metadata: Metadata, width: int) -> Visualizer:
-    return Visualizer(image[:, :, ::-1], metadata, scale=width / image.shape[1])
+    visualizer = Visualizer(image[:, :, ::-1], metadata, scale=width / image.shape[1])
+    # Private, and without a public way: Detectron2 chooses a size by the image, a few pixels for a small one, which no
+    # scale makes readable. Here labels have the same size in every drawing.
+    visualizer._default_font_size = image.shape[1] / _LABELS_A_WIDTH
+    return visualizer
 
 
 def _bgr(drawn: VisImage) -> np.ndarray:
     return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
-
-
-def _markdown(table: list[tuple], headers: tuple[str, ...]) -> str:
-    align = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)

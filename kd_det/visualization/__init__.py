@@ -1,0 +1,29 @@
+"""What a run looks like: detections, feature maps, curves, tables, and a page of them all."""
+
+from kd_det.visualization.detections import detection_grid, draw_detections, draw_ground_truth
+from kd_det.visualization.hook import VisualizationHook
+from kd_det.visualization.panels import Chart, Panel, Row, draw_rows, overlay
+from kd_det.visualization.pictures import Viewer, attention_row, detections_row
+from kd_det.visualization.tables import comparison_table, seeds_table
+from kd_det.visualization.view import Sample, Seen, View, read_sample
+
+__all__ = [
+    "Chart",
+    "Panel",
+    "Row",
+    "Sample",
+    "Seen",
+    "View",
+    "Viewer",
+    "VisualizationHook",
+    "attention_row",
+    "comparison_table",
+    "detection_grid",
+    "detections_row",
+    "draw_detections",
+    "draw_ground_truth",
+    "draw_rows",
+    "overlay",
+    "read_sample",
+    "seeds_table",
+]
