@@ -1,6 +1,7 @@
 """Curves of metrics: several runs in one chart, several seeds of one as a band around their mean."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -12,8 +13,8 @@ from kd_det.visualization.history import History, align
 
 __all__ = ["chart_svg", "draw_curves", "loss_shares_svg", "plot_curves"]
 
-# Told apart also by colour-blind readers (Okabe and Ito), and seen on white as on black.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+# Told apart also by colour-blind readers (after Okabe and Ito), and seen on white as on black.
+COLOURS = ("#2A8CD0", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 _INK = "#010203"  # stands for the text's colour of the page that an SVG is put into
 _COLUMNS = 3
 
@@ -34,12 +35,15 @@ def plot_curves(axes: Axes, runs: Runs, key: str, *, against: str = "iteration")
         x, y = align([history.series(key, against=against) for history in histories])
         if not len(x):
             continue
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": "o" if len(x) < 30 else None, "markersize": 3}
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": "o" if len(x) < 12 else None, "markersize": 3}
         axes.plot(x, y.mean(0), label=name if len(y) == 1 else f"{name} ({len(y)} seeds)", linewidth=1.5, **style)
         if len(y) > 1:
             axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2, linewidth=0)
     axes.set_title(key)
     axes.set_xlabel("hours of training steps" if against == "hours" else "step")
+    axes.set_xlim(left=0)
+    if "/" in key:  # a score
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
 
 
@@ -92,15 +96,15 @@ def loss_shares_svg(history: History) -> str:
 
 def _svg(plot, *, legend: bool) -> str:
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
-    # The salt makes the names of clip paths differ between charts of one page, and not between two runs of the code.
+    # With a salt of our own, the names inside depend on what they name alone: one page holds many charts.
     with matplotlib.rc_context({**ink, "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "kd_det"}):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
         plot(figure.subplots())
         if legend:
             figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
+    svg = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", file.getvalue())  # groups, by names that all charts share
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
 
 

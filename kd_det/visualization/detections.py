@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+import torch
 from detectron2.data import Metadata
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils.visualizer import VisImage, Visualizer
+from torch import Tensor
 
-__all__ = ["detection_grid", "draw_detections", "draw_ground_truth"]
+__all__ = ["detection_grid", "draw_detections", "draw_ground_truth", "found_objects"]
 
 _GAP = 6  # pixels between panels
 _LABELS_A_WIDTH = 24  # as many labels as high as a drawing is wide
@@ -29,6 +31,19 @@ def draw_detections(
     instances = instances.to("cpu")
     found = instances[instances.scores >= min_score]
     return _bgr(_visualizer(image, metadata, width).draw_instance_predictions(found))
+
+
+def found_objects(record: dict, instances: Instances, *, min_score: float = 0.5, min_iou: float = 0.5) -> Tensor:
+    """
+    Which of the annotated objects of an image, crowds left out, a detector finds, bool (objects,): those with a
+    detection of their class, of ``min_score`` or more, that overlaps them by ``min_iou`` or more.
+    """
+    objects = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
+    found = instances.to("cpu")[instances.scores.cpu() >= min_score]
+    overlaps = pairwise_iou(Boxes(torch.tensor(boxes).reshape(-1, 4)), found.pred_boxes) >= min_iou
+    classes = torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)
+    return (overlaps & (classes[:, None] == found.pred_classes)).any(1)
 
 
 def detection_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
