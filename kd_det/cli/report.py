@@ -15,6 +15,7 @@ import statistics
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import Metadata
 from detectron2.modeling import build_model
 
 from kd_det.classification.trainer import is_classifier
@@ -34,6 +35,7 @@ from kd_det.weights.strict import load_strictly
 
 MOST_PICTURES = 4  # images under a headline
 FIRST_IMAGES, ATTENTION_TAPS = 2, 4  # whose detections and attention are shown
+WIDTH = 480  # of drawn detections, in pixels
 TEACHER_RIGHT, STUDENT_RIGHT = "The teacher finds what the student misses", "The student finds what the teacher misses"
 
 
@@ -102,35 +104,45 @@ def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
     model = build_model(cfg).eval()
     load_strictly(model, run.weights, who="student")
     viewer = Viewer(model, input_format=cfg.INPUT.FORMAT)
-    disagreements: dict[str, list[tuple[int, Row]]] = {TEACHER_RIGHT: [], STUDENT_RIGHT: []}
-    detections, attention = [], []
-    for i, record in enumerate(records[:num_images]):
+    detections, attention, teacher = [], [], None
+    for record in records[:FIRST_IMAGES]:
         sample = read_sample(cfg, record)
         seen = viewer(sample)
-        shown = detections_row(sample, seen, metadata, width=480).panels
-        if i < FIRST_IMAGES:
-            detections.append(Row(os.path.basename(record["file_name"]), shown))
-            attention += [attention_row(sample, *pair) for pair in list(viewer.maps(seen))[:ATTENTION_TAPS]]
-        if "teacher" not in seen or seen["teacher"].instances is None:
-            if i + 1 >= FIRST_IMAGES:
-                break
-            continue
-        theirs, own = (found_objects(record, seen[who].instances) for who in ("teacher", "student"))
-        counts = f"of {len(own)} objects, the teacher finds {int(theirs.sum())} and the student {int(own.sum())}"
-        for headline, missed in ((TEACHER_RIGHT, theirs & ~own), (STUDENT_RIGHT, own & ~theirs)):
-            if missed.any():
-                title = f"{os.path.basename(record['file_name'])}: {counts}"
-                disagreements[headline].append((int(missed.sum()), Row(title, shown)))
-    if "teacher" not in seen or seen["teacher"].instances is None:
+        teacher = seen.get("teacher")
+        title = os.path.basename(record["file_name"])
+        detections.append(Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels))
+        for pair, maps in list(viewer.maps(seen))[:ATTENTION_TAPS]:
+            attention.append(attention_row(sample, pair, maps))
+    if teacher is not None and teacher.instances is not None:
+        page.pictures |= _disagreements(cfg, viewer, records[:num_images], metadata)
+    else:
         missing = getattr(model, "missing_teacher", None)
         reason = one_line(missing) if missing else "the run has no teacher that detects."
         page.left_out.append(f"Teacher and student are not compared image by image: {reason}")
-    for headline, rows in disagreements.items():
-        rows.sort(key=lambda pair: -pair[0])
-        if rows:
-            headline = f"{headline}, in {len(rows)} of the first {min(num_images, len(records))} images"
-            page.pictures[headline] = [row for _, row in rows[:MOST_PICTURES]]
     page.pictures |= {"Detections": detections, "Attention": attention}
+
+
+def _disagreements(cfg: CfgNode, viewer: Viewer, records: list[dict], metadata: Metadata) -> dict[str, list[Row]]:
+    """The images with the most objects that one of the two networks finds and the other misses, by headline."""
+    found: dict[str, list[tuple[int, Row]]] = {TEACHER_RIGHT: [], STUDENT_RIGHT: []}
+    for record in records:
+        sample = read_sample(cfg, record)
+        seen = viewer(sample)
+        theirs, own = (found_objects(record, seen[who].instances) for who in ("teacher", "student"))
+        for headline, missed in ((TEACHER_RIGHT, theirs & ~own), (STUDENT_RIGHT, own & ~theirs)):
+            if missed.any():
+                title = (
+                    f"{os.path.basename(record['file_name'])}: of {len(own)} objects, the teacher finds "
+                    f"{int(theirs.sum())} and the student {int(own.sum())}"
+                )
+                row = Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels)
+                found[headline].append((int(missed.sum()), row))
+    ret = {}
+    for headline, rows in found.items():
+        if rows:
+            rows.sort(key=lambda pair: -pair[0])
+            ret[f"{headline}: {len(rows)} of {len(records)} images"] = [row for _, row in rows[:MOST_PICTURES]]
+    return ret
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import argparse
 import os
 
 import cv2
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
@@ -24,14 +25,16 @@ from kd_det.cli.arguments import config_parser, is_lazy, load_config, parse_argu
 from kd_det.cli.run_tool import run_tool
 from kd_det.data import check_dataset
 from kd_det.errors import UserError, one_line
+from kd_det.random_state import preserved_random_state
 from kd_det.visualization import (
     Row,
     Viewer,
     VisualizationHook,
     attention_row,
     detections_row,
-    draw_rows,
+    draw_row,
     read_sample,
+    stack,
 )
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.files import find_weights
@@ -52,7 +55,8 @@ def load_records(name: str) -> tuple[list[dict], Metadata]:
 def visualization_hook(cfg: CfgNode, model: nn.Module) -> VisualizationHook:
     """The hook of a run with ``VIS_PERIOD``, with the first images that are tested on (without any, trained on)."""
     records, metadata = load_records([*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN][0])
-    samples = [read_sample(cfg, record) for record in records[:HOOK_IMAGES]]
+    with preserved_random_state():  # Detectron2's resizing draws a size, of one
+        samples = [read_sample(cfg, record) for record in records[:HOOK_IMAGES]]
     return VisualizationHook(model, samples, metadata, period=cfg.VIS_PERIOD, input_format=cfg.INPUT.FORMAT)
 
 
@@ -94,15 +98,16 @@ def _visualize(args: argparse.Namespace) -> None:
     for i, (sample, one) in enumerate(zip(samples, seen)):
         name = f"{i:03d}_{os.path.splitext(os.path.basename(sample.record['file_name']))[0]}"
         detections = detections_row(sample, one, metadata, min_score=args.min_score)
-        everything = [detections]
-        _write(args.output, f"{name}/detections.png", [detections])
+        everything = [draw_row(detections)]
+        _write(args.output, f"{name}/detections.png", everything)
         for tap, rows in viewer.rows(sample, one):
-            _write(args.output, f"{name}/{tap}.png", rows)
-            everything += rows
+            pictures = [draw_row(row) for row in rows]
+            _write(args.output, f"{name}/{tap}.png", pictures)
+            everything += pictures
         _write(args.output, f"{name}.png", everything)
         pair, maps = next(viewer.maps(one))
         attention = [panel for panel in attention_row(sample, pair, maps).panels if not panel.is_difference]
-        contact_sheet.append(Row(f"{name}, attention at {pair[0]}", [*detections.panels, *attention]))
+        contact_sheet.append(draw_row(Row(f"{name}, attention at {pair[0]}", [*detections.panels, *attention])))
     _write(args.output, "contact_sheet.png", contact_sheet)
     print(f"{args.output}: {len(samples)} images, {len(viewer.pairs)} taps; start with contact_sheet.png")
 
@@ -135,10 +140,10 @@ def _load(model: nn.Module, cfg: CfgNode, args: argparse.Namespace) -> None:
     load_strictly(model, args.weights, who="student")
 
 
-def _write(folder: str, name: str, rows: list[Row]) -> None:
+def _write(folder: str, name: str, pictures: list[np.ndarray]) -> None:
     path = os.path.join(folder, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    cv2.imwrite(path, draw_rows(rows))
+    cv2.imwrite(path, stack(pictures))
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from kd_det.visualization.curves import draw_curves, plot_curves
 from kd_det.visualization.detections import detection_grid, draw_detections, draw_ground_truth
 from kd_det.visualization.history import History, read_history
 from kd_det.visualization.hook import VisualizationHook
-from kd_det.visualization.panels import Chart, Panel, Row, draw_rows, overlay
+from kd_det.visualization.panels import Chart, Panel, Row, draw_row, overlay, stack
 from kd_det.visualization.pictures import Viewer, attention_row, detections_row
 from kd_det.visualization.report import ReportedRun, render_report
 from kd_det.visualization.tables import TABLE_FORMATS, RunSummary, comparison_table, runs_table, seeds_table
@@ -30,7 +30,7 @@ __all__ = [
     "draw_curves",
     "draw_detections",
     "draw_ground_truth",
-    "draw_rows",
+    "draw_row",
     "overlay",
     "plot_curves",
     "read_history",
@@ -38,4 +38,5 @@ __all__ = [
     "render_report",
     "runs_table",
     "seeds_table",
+    "stack",
 ]

@@ -104,7 +104,8 @@ def _svg(plot, *, legend: bool) -> str:
             figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", file.getvalue())  # groups, by names that all charts share
+    # Without the file's own description, and the names of groups, which all charts share.
+    svg = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"|<metadata>.*?</metadata>', "", file.getvalue(), flags=re.DOTALL)
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
 
 

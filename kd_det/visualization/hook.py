@@ -8,7 +8,7 @@ from detectron2.evaluation import inference_context
 from torch import nn
 
 from kd_det.random_state import preserved_random_state
-from kd_det.visualization.panels import draw_rows
+from kd_det.visualization.panels import draw_row, stack
 from kd_det.visualization.pictures import Viewer, attention_row, detections_row
 from kd_det.visualization.view import Sample, Seen
 
@@ -37,18 +37,22 @@ class VisualizationHook(HookBase):
         self._before: list[dict[str, Seen]] = []
 
     def before_train(self):
-        self._before = self._look("student before")
+        with preserved_random_state():
+            self._before = self._look("student before")
 
     def after_step(self):
-        if (self.trainer.iter + 1) % self._period:
-            return
+        if (self.trainer.iter + 1) % self._period == 0:
+            with preserved_random_state():  # Detectron2's Visualizer draws colours at random
+                self._draw()
+
+    def _draw(self) -> None:
         for i, (sample, before, now) in enumerate(zip(self._samples, self._before, self._look("student"))):
             seen = {**before, **now}
             rows = [detections_row(sample, seen, self._metadata)]
             rows += [attention_row(sample, pair, maps) for pair, maps in self._viewer.maps(seen)]
-            picture = draw_rows(rows)[:, :, ::-1].transpose(2, 0, 1)  # RGB, channels first
+            picture = stack([draw_row(row) for row in rows])[:, :, ::-1].transpose(2, 0, 1)  # RGB, channels first
             self.trainer.storage.put_image(f"distillation/image_{i}", picture.copy())
 
     def _look(self, student: str) -> list[dict[str, Seen]]:
-        with preserved_random_state(), inference_context(self._model):
+        with inference_context(self._model):
             return [self._viewer(sample, student) for sample in self._samples]

@@ -10,13 +10,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from torch import Tensor
 
-__all__ = ["Chart", "Panel", "Row", "draw_rows", "overlay", "shared_limit"]
+__all__ = ["Chart", "Panel", "Row", "draw_row", "overlay", "shared_limit", "stack"]
 
 _SEQUENTIAL, _DIVERGING = "viridis", "RdBu_r"  # for values from 0 on, and for differences
 _OPACITY = 0.7  # of the colours over the grey image
-_PANEL = 2.35  # inches: five panels side by side fill the width of an A4 page in landscape at their own size
+ROW = 5  # panels that a row has place for, at least
+_PANEL, _DPI = 2.35, 150  # inches: a row fills the width of an A4 page in landscape, where its letters have 9 points
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,26 @@ def overlay(panel: Panel, *, width: int = 360) -> np.ndarray:
     return cv2.addWeighted(cv2.applyColorMap(levels, table), _OPACITY, grey, 1 - _OPACITY, 0)
 
 
-def draw_rows(rows: Sequence[Row]) -> np.ndarray:
-    """One picture of rows of panels, with a title above each row and a legend beside each map: (H, W, 3) uint8, BGR."""
-    columns = max(len(row.panels) for row in rows)
-    heights = [_PANEL * _aspect(row) + (1.1 if _has_legend(row) else 0.6) for row in rows]
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "figure.dpi": 150}):
-        figure = Figure(figsize=(_PANEL * max(columns, 2) + 0.2, sum(heights)), layout="constrained")
-        parts = np.atleast_1d(figure.subfigures(len(rows), height_ratios=heights))
-        for part, row in zip(parts, rows):
-            part.suptitle(row.title, x=0.005, ha="left", fontsize=10, fontweight="bold")
-            ratios = [_aspect(row), 0.045 if _has_legend(row) else 0.001]
-            panels, legends = part.subplots(2, max(columns, 2), squeeze=False, height_ratios=ratios)
-            for axes, legend, panel in zip(panels, legends, [*row.panels, *[None] * len(panels)]):
-                _draw_panel(part, axes, legend, panel)
+def draw_row(row: Row) -> np.ndarray:
+    """A row as a picture, with its title above and a legend below each map: (H, W, 3) uint8, BGR."""
+    columns = max(len(row.panels), ROW)
+    height = _PANEL * _aspect(row) + (1.1 if _has_legend(row) else 0.6)
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9}):
+        figure = Figure(figsize=(_PANEL * columns + 0.2, height), layout="constrained", dpi=_DPI)
+        figure.suptitle(row.title, x=0.005, ha="left", fontsize=10, fontweight="bold")
+        grid = figure.add_gridspec(2, columns, height_ratios=[_aspect(row), 0.045 if _has_legend(row) else 0.001])
+        for column, panel in enumerate(row.panels):
+            _draw_panel(figure, figure.add_subplot(grid[0, column]), grid[1, column], panel)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
+
+
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures of rows below each other in one, on white."""
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in pictures]
+    return np.concatenate(padded)
 
 
 def _aspect(row: Row) -> float:
@@ -109,21 +115,17 @@ def _has_legend(row: Row) -> bool:
     return any(isinstance(panel, Chart) or panel.values is not None for panel in row.panels)
 
 
-def _draw_panel(part, axes, legend, panel: Panel | Chart | None) -> None:
-    if not isinstance(panel, Panel) or panel.values is None:
-        legend.set_axis_off()
-    if panel is None:
-        axes.set_axis_off()
-        return
+def _draw_panel(figure: Figure, axes, place: SubplotSpec, panel: Panel | Chart) -> None:
     axes.set_title(panel.title)
     if isinstance(panel, Chart):
         axes.plot(panel.values.sort().values.numpy())
         axes.set_xlabel(panel.unit)
         axes.grid(alpha=0.3)
         return
-    axes.imshow(overlay(panel, width=720)[:, :, ::-1])
+    axes.imshow(overlay(panel, width=round(_PANEL * _DPI))[:, :, ::-1])
     axes.set_xticks([])
     axes.set_yticks([])
     if panel.values is not None:
         extend = "both" if panel.is_difference else "max"
-        part.colorbar(panel.colours, cax=legend, orientation="horizontal", extend=extend, label=panel.unit)
+        legend = figure.add_subplot(place)
+        figure.colorbar(panel.colours, cax=legend, orientation="horizontal", extend=extend, label=panel.unit)
