@@ -12,8 +12,9 @@ import argparse
 import os
 import re
 import statistics
+from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata
 from detectron2.modeling import build_model
@@ -39,18 +40,25 @@ WIDTH = 480  # of drawn detections, in pixels
 TEACHER_RIGHT, STUDENT_RIGHT = "The teacher finds what the student misses", "The student finds what the teacher misses"
 
 
-def _report(args: argparse.Namespace) -> None:
-    runs = open_runs(args.runs)
+def write_report(runs: Mapping[str, Sequence[RunFolder]], out: str, num_images: int) -> None:
+    """
+    Write the page, and print what it is.
+
+    Args:
+        runs: by name, one folder or those of several seeds.
+        out: the file.
+        num_images: on which teacher and student are compared.
+    """
     reported, summaries = [], []
     for name, folders in runs.items():
         print(f"{name}: reading {', '.join(folder.path for folder in folders)}", flush=True)
         summaries.append(summarize(name, folders))
         for folder in folders:
-            reported.append(_describe(name if len(folders) == 1 else f"{name}: {folder.path}", folder, args.num))
+            reported.append(_describe(name if len(folders) == 1 else f"{name}: {folder.path}", folder, num_images))
     page = render_report(reported, table_cells(summaries))
-    with open(args.out, "w") as file:
+    with open(out, "w") as file:
         file.write(page)
-    print(f"{args.out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
+    print(f"{out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
 
 
 def _describe(name: str, run: RunFolder, num_images: int) -> ReportedRun:
@@ -78,7 +86,7 @@ def _facts(run: RunFolder) -> dict[str, str]:
     if times:
         ret["step time"] = f"{statistics.median(times):.3f} s"
         ret["of which loading"] = f"{statistics.median(loading):.3f} s" if loading else "unknown"
-        ret["training time"] = f"{run.history.hours(torch.tensor([run.steps]).numpy())[0]:.2f} h of steps"
+        ret["training time"] = f"{run.history.hours(np.array([run.steps]))[0]:.2f} h of steps"
     ret["GPU memory"] = f"{max(memory):,} MB at most" if memory else "not logged (a CPU, or no log.txt)"
     return ret
 
@@ -112,7 +120,8 @@ def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
         title = os.path.basename(record["file_name"])
         detections.append(Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels))
         for pair, maps in list(viewer.maps(seen))[:ATTENTION_TAPS]:
-            attention.append(attention_row(sample, pair, maps))
+            row = attention_row(sample, pair, maps)
+            attention.append(Row(f"{title}: {row.title}", row.panels))
     if teacher is not None and teacher.instances is not None:
         page.pictures |= _disagreements(cfg, viewer, records[:num_images], metadata)
     else:
@@ -155,4 +164,5 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_tool(_report, get_parser().parse_args(argv))
+    args = get_parser().parse_args(argv)
+    run_tool(lambda: write_report(open_runs(args.runs), args.out, args.num))

@@ -100,7 +100,7 @@ def _svg(plot, *, legend: bool) -> str:
     with matplotlib.rc_context({**ink, "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "kd_det"}):
         figure = Figure(figsize=(4.2, 3.0), layout="constrained")
         plot(figure.subplots())
-        if legend:
+        if legend and figure.axes[0].get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

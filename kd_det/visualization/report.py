@@ -66,7 +66,7 @@ def render_report(runs: Sequence[ReportedRun], table: tuple[Sequence[str], Seque
         table=table,
         charts=charts,
         loss_charts=loss_charts,
-        step_time=chart_svg(histories, "time"),
+        step_time=chart_svg(histories, "time") if any("time" in run.history.values for run in runs) else "",
         shares={run.name: loss_shares_svg(run.history) for run in runs if run.history.losses()},
         classes=_by_class([run.history for run in runs], scores),
         differing={key: values for key, values in differing.items() if len(set(values)) > 1} if len(runs) > 1 else {},
