@@ -17,7 +17,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from kd_det.classification.trainer import check_trainer
+from kd_det.classification.trainer import check_trainer, is_classifier
 from kd_det.cli.arguments import argument_parser, load_config, parse_arguments
 from kd_det.cli.checks import check_run
 from kd_det.cli.checks.run import remove_earlier_run
@@ -38,7 +38,7 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     remove_earlier_run(cfg.OUTPUT_DIR, args)
     default_setup(used_config(cfg), args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
-    logger.info(f"Command: {shlex.join(sys.argv)}")
+    logger.info(f"Command: {sys.argv[0]} {shlex.join(sys.argv[1:])}")
     for warning in args.warnings:
         logger.warning(warning)
     if args.eval_only:
@@ -52,7 +52,7 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     if cfg.TEST.AUG.ENABLED:
         student = getattr(model, "student", model)
         trainer.register_hooks([hooks.EvalHook(0, lambda: test_with_augmentation(cfg, student, trainer_class))])
-    if cfg.VIS_PERIOD > 0:
+    if cfg.VIS_PERIOD > 0 and not is_classifier(cfg):
         trainer.register_hooks([visualization_hook(cfg, model)])
     if getattr(model, "losses", None):
         logger.info(f"Distillation:\n{distillation_summary(model)}")

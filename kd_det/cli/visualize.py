@@ -100,8 +100,10 @@ def _visualize(args: argparse.Namespace) -> None:
         detections = detections_row(sample, one, metadata, min_score=args.min_score)
         everything = [draw_row(detections)]
         _write(args.output, f"{name}/detections.png", everything)
+        by_tap: dict[str, list] = {}
         for tap, rows in viewer.rows(sample, one):
-            pictures = [draw_row(row) for row in rows]
+            by_tap.setdefault(tap, []).extend(draw_row(row) for row in rows)
+        for tap, pictures in by_tap.items():
             _write(args.output, f"{name}/{tap}.png", pictures)
             everything += pictures
         _write(args.output, f"{name}.png", everything)
