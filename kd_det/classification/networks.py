@@ -39,8 +39,8 @@ _LEVEL_OF_STRIDE = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 
 def configure_network(cfg: CfgNode, name: str) -> None:
     """
-    Turn a config into that of a named classifier, in place: its architecture, normalisation and input size. In a name
-    of timm, a variant behind a dot ("resnet50.a1_in1k") chooses the normalisation and size.
+    Turn a config into that of a named classifier, in place: its architecture, normalisation and input size, which are
+    those of the weights that the name chooses behind a dot ("resnet50.a1_in1k"), by default of the library's choice.
 
     Raises:
         ValueError: an unknown network, or timm is not installed.
@@ -89,7 +89,8 @@ class NetworkClassifier(ImageClassifier):
             return _Network(network, _timm_levels(network), timm_heads(network))
         from torchvision import models
 
-        return _Network(models.get_model(name, weights=None, num_classes=node.NUM_CLASSES), {}, _TORCHVISION_HEADS)
+        network = models.get_model(name.partition(".")[0], weights=None, num_classes=node.NUM_CLASSES)
+        return _Network(network, {}, _TORCHVISION_HEADS)
 
     def _build_linear(self) -> nn.Module:
         logits = nn.Identity()  # a place for the tap behind a head that is inside the network

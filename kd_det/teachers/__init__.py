@@ -3,13 +3,16 @@
 from kd_det.teachers.build import build_teacher, build_teacher_architecture, get_teacher_cfg, load_teacher
 from kd_det.teachers.feature_teacher import FeatureTeacher, torchvision_teacher
 from kd_det.teachers.runner import Teacher
+from kd_det.teachers.sources import TeacherSource, register_teacher_source
 
 __all__ = [
     "FeatureTeacher",
     "Teacher",
+    "TeacherSource",
     "build_teacher",
     "build_teacher_architecture",
     "get_teacher_cfg",
     "load_teacher",
+    "register_teacher_source",
     "torchvision_teacher",
 ]

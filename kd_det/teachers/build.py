@@ -1,22 +1,17 @@
 """The teacher, built from its own config, checked to the last weight, and frozen."""
 
 import logging
-from pathlib import Path
 from typing import Optional
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
-from kd_det.config_file import add_missing_keys, merge_config_file, merge_options
+from kd_det.config_file import add_missing_keys
 from kd_det.errors import unknown_name
-from kd_det.student import student_class
-from kd_det.teachers.feature_teacher import configure_feature_teacher
-from kd_det.teachers.networks import NETWORK_SOURCES
+from kd_det.teachers import feature_teacher, files  # noqa: F401  register their sources
+from kd_det.teachers.sources import teacher_source
 from kd_det.weights.strict import load_strictly
 
 __all__ = ["build_teacher", "build_teacher_architecture", "get_teacher_cfg", "load_teacher"]
@@ -26,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     """
-    The teacher's own config: ``KD.TEACHER.CONFIG_FILE`` (a file, a model-zoo name, or the name of a network of
-    torchvision or timm), its weights, its options, on the student's device. Keys that neither Detectron2 nor kd_det
-    has (a project's own) start from the student's values.
+    The teacher's own config: what the source of ``KD.TEACHER.CONFIG_FILE`` knows of it (see
+    :mod:`kd_det.teachers.sources`), its weights, its options, on the student's device. Keys that neither Detectron2 nor
+    kd_det has (a project's own) start from the student's values.
 
     Raises:
         FileNotFoundError: an unknown file or zoo name; lists the nearest.
@@ -40,27 +35,16 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
             "KD.TEACHER.CONFIG_FILE is empty: distillation needs the teacher's config, a yaml file or a model-zoo "
             "name such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml' (--teacher on the command line)."
         )
+    source = teacher_source(name)
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
     add_missing_keys(teacher_cfg, cfg)
-    weights = cfg.KD.TEACHER.WEIGHTS
-    if name.partition("://")[0] in NETWORK_SOURCES:
-        configure = getattr(student_class(cfg), "configure_teacher", configure_feature_teacher)
-        configure(teacher_cfg, name)
-    elif "://" in name:
-        raise ValueError(
-            f"KD.TEACHER.CONFIG_FILE {name!r} is a URL. Expected a yaml file, a model-zoo name, or a network as "
-            f"{' or '.join(f'{source}://NAME' for source in NETWORK_SOURCES)}."
-        )
-    elif PathManager.isfile(name):
-        merge_config_file(teacher_cfg, name)
-    else:
-        merge_config_file(teacher_cfg, _zoo_config_file(name))
-        weights = weights or model_zoo.get_checkpoint_url(name)
-    merge_options(teacher_cfg, cfg.KD.TEACHER.OPTS, where="KD.TEACHER.OPTS")
+    source.configure(teacher_cfg, cfg)
+    source.merge_options(teacher_cfg, cfg.KD.TEACHER.OPTS)
     if teacher_cfg.MODEL.META_ARCHITECTURE == "Distiller":
         teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.KD.STUDENT.META_ARCHITECTURE
-    teacher_cfg.MODEL.WEIGHTS = weights or teacher_cfg.MODEL.WEIGHTS
+    teacher_cfg.KD.TEACHER.CONFIG_FILE = name
+    teacher_cfg.MODEL.WEIGHTS = cfg.KD.TEACHER.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if not teacher_cfg.MODEL.WEIGHTS:
         raise ValueError(
@@ -83,7 +67,8 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     model = build_teacher_architecture(teacher_cfg)
     if getattr(model, "input_format", None) is None:
         model.input_format = teacher_cfg.INPUT.FORMAT
-    load_strictly(model, teacher_cfg.MODEL.WEIGHTS, who=f"teacher {cfg.KD.TEACHER.CONFIG_FILE!r}")
+    read = teacher_source(cfg.KD.TEACHER.CONFIG_FILE).read_weights(teacher_cfg)
+    load_strictly(model, teacher_cfg.MODEL.WEIGHTS, who=f"teacher {cfg.KD.TEACHER.CONFIG_FILE!r}", read=read)
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(f"Teacher {cfg.KD.TEACHER.CONFIG_FILE}: {parameters:,} parameters from {teacher_cfg.MODEL.WEIGHTS}")
     return model.to(teacher_cfg.MODEL.DEVICE).eval().requires_grad_(False)
@@ -99,10 +84,7 @@ def teacher_dtype(cfg: CfgNode) -> torch.dtype:
 
 def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
     """The network of :func:`get_teacher_cfg`, without weights; a ``ValueError`` for an unknown meta-architecture."""
-    name, registered = teacher_cfg.MODEL.META_ARCHITECTURE, dict(META_ARCH_REGISTRY)
-    if name not in registered:
-        raise ValueError(unknown_name("teacher meta-architecture", name, registered))
-    return registered[name](teacher_cfg)
+    return teacher_source(teacher_cfg.KD.TEACHER.CONFIG_FILE).build(teacher_cfg)
 
 
 def load_teacher(*, model: nn.Module, weights: str, input_format: Optional[str] = None) -> nn.Module:
@@ -117,15 +99,3 @@ def load_teacher(*, model: nn.Module, weights: str, input_format: Optional[str] 
     if input_format is not None:
         model.input_format = input_format
     return model.eval().requires_grad_(False)
-
-
-def _zoo_config_file(name: str) -> str:
-    try:
-        return model_zoo.get_config_file(name)
-    except RuntimeError:
-        root = Path(model_zoo.__file__).parent / "configs"
-        known = sorted(str(path.relative_to(root)) for path in root.glob("*/**/*.yaml") if "Base" not in path.name)
-        raise FileNotFoundError(
-            f"KD.TEACHER.CONFIG_FILE {name!r} is neither a file nor in Detectron2's model zoo. "
-            + unknown_name("model-zoo name", name, known)
-        ) from None

@@ -1,13 +1,13 @@
 """
 Teachers of other libraries: any network that maps images to feature maps can teach a detector.
 
-By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"`` with a
-local file of its weights; in Python, :class:`FeatureTeacher` around any network, or :func:`torchvision_teacher`.
+By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"``, with the
+library's own weights or a file of them; in Python, :class:`FeatureTeacher` around any network, or :func:`torchvision_teacher`.
 """
 
 import contextlib
 import math
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -20,11 +20,13 @@ from kd_det.backbones.timm_backbone import flat_key, timm_feature_network, timm_
 from kd_det.errors import unknown_name
 from kd_det.features.context import normalised_images
 from kd_det.random_state import preserved_random_state
-from kd_det.teachers.networks import expected_images
+from kd_det.student import student_class
+from kd_det.teachers.networks import default_weights, expected_images, read_default_weights
+from kd_det.teachers.sources import TeacherSource, register_teacher_source
 from kd_det.weights.backbone_file import IMAGENET_METADATA
 from kd_det.weights.strict import refuse_misshapen
 
-__all__ = ["FeatureTeacher", "configure_feature_teacher", "torchvision_teacher"]
+__all__ = ["FeatureTeacher", "LibraryTeacher", "torchvision_teacher"]
 
 # A multiple of 14, 16 and 64, the strides of all common networks.
 _PROBE_SIDE = 448
@@ -179,15 +181,30 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
     return FeatureTeacher(**_of_torchvision_detector(detector))
 
 
-def configure_feature_teacher(cfg: CfgNode, name: str) -> None:
+@register_teacher_source("torchvision")
+@register_teacher_source("timm")
+class LibraryTeacher(TeacherSource):
     """
-    Turn a config into that of a :class:`FeatureTeacher`, in place, from "torchvision://NAME" (a detector, or a
-    classifier of the ResNet family) or "timm://NAME".
+    A network of torchvision or timm by its name: the features of a detector, of a classifier of the ResNet family, or
+    of any network of timm. A student that is a classifier takes a classifier whole.
     """
-    cfg.MODEL.META_ARCHITECTURE = FeatureTeacher.__name__
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 90  # of torchvision's COCO weights, with gaps; its head is built and left out
-    cfg.INPUT.FORMAT = "RGB"
-    cfg.KD.TEACHER.CONFIG_FILE = name
+
+    def configure(self, cfg: CfgNode, student: CfgNode) -> None:
+        whole = getattr(student_class(student), "configure_teacher", None)
+        if whole is not None:
+            whole(cfg, self.name)
+        else:
+            cfg.MODEL.META_ARCHITECTURE = FeatureTeacher.__name__
+            cfg.MODEL.ROI_HEADS.NUM_CLASSES = 90  # of torchvision's COCO weights, with gaps; the head is left out
+            cfg.INPUT.FORMAT = "RGB"
+        cfg.MODEL.WEIGHTS = default_weights(self.name)
+
+    def read_weights(self, cfg: CfgNode) -> Optional[Mapping[str, Tensor]]:
+        if cfg.MODEL.WEIGHTS != default_weights(self.name):
+            return None
+        options = timm_options(cfg)
+        options.pop("out_indices", None)  # the weights are the whole network's
+        return read_default_weights(cfg.MODEL.WEIGHTS, **options)
 
 
 def _inner(key: str) -> str:
@@ -211,21 +228,19 @@ def _from_torchvision(name: str, cfg: CfgNode) -> Dict:
     from torchvision import models
     from torchvision.models._utils import IntermediateLayerGetter
 
-    detectors, classifiers = models.list_models(module=models.detection), models.list_models(module=models)
-    if name in detectors:
+    architecture = name.partition(".")[0]
+    if architecture in models.list_models(module=models.detection):
         options = {"weights": None, "weights_backbone": None, "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1}
-        return _of_torchvision_detector(models.get_model(name, **options))
-    if name not in classifiers:
-        raise ValueError(unknown_name("network of torchvision", name, detectors + classifiers))
-    network = models.get_model(name, weights=None)
+        return _of_torchvision_detector(models.get_model(architecture, **options))
+    mean, std, _ = expected_images("torchvision", name)
+    network = models.get_model(architecture, weights=None)
     stages = _resnet_stages(network)
     if len(stages) < 4:
         raise ValueError(
-            f"torchvision's {name!r} has no layer1 to layer4 to read. Take the network from timm ('timm://...'), or "
-            f"wrap it: kd_det.teachers.feature_teacher.FeatureTeacher(network=...)."
+            f"torchvision's {architecture!r} has no layer1 to layer4 to read. Take the network from timm "
+            f"('timm://...'), or wrap it: kd_det.teachers.feature_teacher.FeatureTeacher(network=...)."
         )
     body = IntermediateLayerGetter(network, {f"layer{i}": f"layer{i}" for i in range(1, 5)})
-    mean, std, _ = expected_images("torchvision", name)
     return {"network": body, "pixel_mean": mean, "pixel_std": std, "stage_modules": stages}
 
 

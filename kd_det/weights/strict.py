@@ -2,10 +2,10 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.backbones import TimmBackbone
 from kd_det.weights.checkpoint import SafeCheckpointer
@@ -50,7 +50,7 @@ def _describe_misfits(*, most: int = 5, **kinds: Sequence[str]) -> str:
     return "; ".join(texts)
 
 
-def load_strictly(model: nn.Module, path: str, *, who: str) -> dict:
+def load_strictly(model: nn.Module, path: str, *, who: str, read: Mapping[str, Tensor] | None = None) -> dict:
     """
     Load weights in any format that Detectron2 reads, and fail unless they are exactly the model's. Returns what else
     the file holds, such as its ``metadata``.
@@ -59,12 +59,13 @@ def load_strictly(model: nn.Module, path: str, *, who: str) -> dict:
         model: a plain model.
         path: a file or URL that Detectron2's path manager knows.
         who: what messages call the model, e.g. "teacher 'x.yaml'".
+        read: the weights, where they were read already; the path is their name.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged or refused file; missing, unexpected, misshapen or infinite weights; names the first.
     """
-    found, rest = _load(model, path, who)
+    found, rest = _load(model, path, who, read)
     problems = [
         _describe_misfits(
             missing=[key for key in found.missing if key not in _NORMALISATION_KEYS],
@@ -133,10 +134,13 @@ class _Collector(SafeCheckpointer):
         return None  # nothing is left for the base class to log
 
 
-def _load(model: nn.Module, path: str, who: str) -> tuple[_Collector, dict]:
-    find_weights(path, who=who)
+def _load(model: nn.Module, path: str, who: str, read: Mapping[str, Tensor] | None = None) -> tuple[_Collector, dict]:
     checkpointer = _Collector(model, save_to_disk=False)
     try:
+        if read is not None:
+            checkpointer._load_model({"model": dict(read)})
+            return checkpointer, {}
+        find_weights(path, who=who)
         return checkpointer, checkpointer.load(path)
     except MisfitError as e:
         raise ValueError(f"The weights {path!r} do not fit the {who}: {e}.") from None

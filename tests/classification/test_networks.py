@@ -123,8 +123,8 @@ def test_the_backbone_of_a_timm_network_is_a_detectors(tmp_path):
     [
         ("torchvision://resnet51", "Unknown classifier of torchvision 'resnet51'. Did you mean 'resnet"),
         ("timm://mobilenet_v9", "Unknown model of timm 'mobilenet_v9'. Did you mean 'mobilenet"),
-        ("timm://resnet50.no_such", "no variant 'resnet50.no_such'"),
-        ("torchvison://resnet50", "is a URL. Expected .* torchvision://NAME or timm://NAME"),
+        ("timm://resnet50.no_such", "Unknown weights of timm's 'resnet50' 'no_such'"),
+        ("torchvison://resnet50", "is a URL. Expected .* as timm://NAME, torchvision://NAME"),
     ],
 )
 def test_names_that_do_not_exist(name, message):
@@ -132,9 +132,7 @@ def test_names_that_do_not_exist(name, message):
         teacher(name, "w.pth")
 
 
-def test_weights_are_asked_for_and_checked(tmp_path):
-    with pytest.raises(ValueError, match="has no weights"):
-        teacher("torchvision://resnet18", "")
+def test_weights_are_checked(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         teacher("torchvision://resnet18", tmp_path / "none.pth")
     weights = save(torchvision.models.resnet18(num_classes=3), tmp_path / "w.pth")

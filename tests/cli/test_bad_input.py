@@ -104,7 +104,7 @@ OPTIONS = {
     "no teacher weights": (["KD.TEACHER.WEIGHTS", ""], "has no weights"),
     "teacher is a URL": (
         ["KD.TEACHER.CONFIG_FILE", "https://host/x.yaml"],
-        "is a URL. Expected a yaml file, .* timm://NAME",
+        "is a URL. Expected a config file .*, .* timm://NAME",
     ),
     "teacher is a LazyConfig": (
         ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"],

@@ -174,7 +174,7 @@ def test_region_losses_are_refused_with_the_reason(tmp_path):
     [
         ("torchvision://fasterrcnn_resnet51_fpn", "Did you mean 'fasterrcnn_resnet50_fpn"),
         ("torchvision://mobilenet_v3_small", "has no layer1 to layer4 to read. Take the network from timm"),
-        ("timm://resnet10tt", "'resnet10tt' is no timm model. Nearest: resnet10t"),
+        ("timm://resnet10tt", "Unknown model of timm 'resnet10tt'. Did you mean 'resnet10t'"),
     ],
 )
 def test_unknown_networks(tmp_path, name, message):

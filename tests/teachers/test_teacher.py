@@ -30,7 +30,8 @@ class TestBuildTeacher:
 
     def test_a_zoo_name_brings_its_checkpoint(self, tmp_path, monkeypatch):
         asked = []
-        monkeypatch.setattr("kd_det.teachers.build.load_strictly", lambda model, path, who: asked.append((path, who)))
+        load = "kd_det.teachers.build.load_strictly"
+        monkeypatch.setattr(load, lambda model, path, who, read: asked.append((path, who)))
         cfg = distillation_cfg(tmp_path, "NST")
         name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
         cfg.merge_from_list(["KD.TEACHER.CONFIG_FILE", name, "KD.TEACHER.WEIGHTS", ""])
