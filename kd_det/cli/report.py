@@ -13,6 +13,7 @@ import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
@@ -119,9 +120,10 @@ def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
         teacher = seen.get("teacher")
         title = os.path.basename(record["file_name"])
         detections.append(Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels))
-        for pair, maps in list(viewer.maps(seen))[:ATTENTION_TAPS]:
-            row = attention_row(sample, pair, maps)
-            attention.append(Row(f"{title}: {row.title}", row.panels))
+        rows = [attention_row(sample, pair, maps) for pair, maps in list(viewer.maps(seen))[:ATTENTION_TAPS]]
+        if teacher is None:  # one panel a tap: side by side
+            rows = [Row("attention", [replace(row.panels[0], title=row.title) for row in rows])]
+        attention += [Row(f"{title}: {row.title}", row.panels) for row in rows]
     if teacher is not None and teacher.instances is not None:
         page.pictures |= _disagreements(cfg, viewer, records[:num_images], metadata)
     else:

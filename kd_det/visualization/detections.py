@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
-from detectron2.utils.visualizer import VisImage, Visualizer
+from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
+from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 
 __all__ = ["detection_grid", "draw_detections", "draw_ground_truth", "found_objects"]
 
+_GOLDEN = 0.618  # of the circle of hues between two classes: the golden ratio keeps any number of them apart
+_UNNAMED_CLASSES = 1000  # where no data set says how many there are
 _GAP = 6  # pixels between panels
 _LABELS_A_WIDTH = 24  # as many labels as high as a drawing is wide
 _TITLE = 22  # height of the line of titles in pixels; the baseline of its text is at 20
@@ -71,7 +74,13 @@ def detection_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) 
 
 
 def _visualizer(image: np.ndarray, metadata: Metadata, width: int) -> Visualizer:
-    visualizer = Visualizer(image[:, :, ::-1], metadata, scale=width / image.shape[1])
+    # One bright colour a class, in every drawing: without them, each box has a random one, which may be black.
+    classes = len(metadata.get("thing_classes", ())) or _UNNAMED_CLASSES
+    hues = np.arange(classes) * _GOLDEN % 1
+    colours = 255 * hsv_to_rgb(np.stack([hues, np.full(classes, 0.7), np.ones(classes)], axis=1))
+    metadata = Metadata(**{**metadata.as_dict(), "thing_colors": colours.tolist()})
+    scale = width / image.shape[1]
+    visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION)
     # Private, and without a public way: Detectron2 chooses a size by the image, a few pixels for a small one, which no
     # scale makes readable. Here labels have the same size in every drawing.
     visualizer._default_font_size = image.shape[1] / _LABELS_A_WIDTH

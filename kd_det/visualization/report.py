@@ -56,8 +56,8 @@ def render_report(runs: Sequence[ReportedRun], table: tuple[Sequence[str], Seque
     losses = list(dict.fromkeys(key for run in runs for key in run.history.losses()))
     charts = [chart_svg(histories, key, against=x) for key in scores for x in ("iteration", "hours")]
     loss_charts = [chart_svg(histories, key) for key in losses]
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    differing = {key: [run.config.get(key, ("", "default"))[1] for run in runs] for key in keys}
+    defaults = {key: default for run in runs for key, (default, _) in run.config.items() if key != "OUTPUT_DIR"}
+    differing = {key: [run.config.get(key, ("", default))[1] for run in runs] for key, default in defaults.items()}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"jpeg": _jpeg, "gradient": _gradient}
     template = environment.from_string((Path(__file__).parent / "report.html").read_text())

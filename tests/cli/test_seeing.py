@@ -5,11 +5,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import cv2
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_det.cli import compare, report, visualize
 from kd_det.study.run_config import used_config
@@ -178,3 +181,23 @@ def test_no_part_of_the_page_is_wider_than_the_screen(page, tmp_path, width):
     command += ["--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/frame.html"]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "LANG": "C"})
     assert "<title>0</title>" in dumped.stdout, dumped.stdout[:200] + dumped.stderr[-500:]
+
+
+@pytest.mark.slow
+def test_a_run_with_vis_period_writes_pictures_for_tensorboard(trained, tmp_path):
+    root = Path(__file__).parents[2]
+    argv = ["--config-file", str(trained / "taught/config.yaml"), "--import", "tiny_data.py"]
+    options = ["VIS_PERIOD", "2", "TEST.EVAL_PERIOD", "0", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path / "out")]
+    (tmp_path / "tiny_data.py").write_text(
+        "import tests.tiny\nfrom detectron2.data.datasets import register_coco_instances as register\n"
+        f"register('tiny', {{}}, '{trained}/images/annotations.json', '{trained}/images')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "kd_det", "train", *argv, *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-2000:]
+    events = EventAccumulator(str(tmp_path / "out"), size_guidance={"images": 0}).Reload()
+    pictures = [tag for tag in events.Tags()["images"] if tag.startswith("distillation/")]
+    assert sorted(pictures) == ["distillation/image_0", "distillation/image_1"]
+    assert events.Images(pictures[0])[0].width > 1500
+    assert re.search(r"Command: \S+ .*--config-file .*VIS_PERIOD 2", (tmp_path / "out/log.txt").read_text())
