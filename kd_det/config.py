@@ -198,6 +198,35 @@ def add_kd_config(cfg: CN) -> None:
     # T of the softmaxes.
     node.TEMPERATURE = 1.0
 
+    # What the heads of RetinaNet or FCOS predict, where the teacher is confident; the weight and the options are ours.
+    # It chooses its taps itself, as do the next two losses.
+    node = add_loss_config(cfg, "DENSE_SOFT_TARGET", weight=1.0)
+    # T of the classes' sigmoids.
+    node.TEMPERATURE = 1.0
+    # Each anchor counts by the teacher's score to this power; 0: all alike, 1: as in arXiv 2111.00674.
+    node.CONFIDENCE_POWER = 2.0
+    # Weight of the boxes beside the classes; 0: none are compared. FCOS' centerness has weight 1.
+    node.BOX_WEIGHT = 1.0
+    # Distance of the boxes: "giou", or "l1" of the head's own deltas.
+    node.BOX_LOSS = "giou"
+
+    # The same of two RPNs with equal anchors, their objectness and their deltas; the keys mean the same.
+    node = add_loss_config(cfg, "RPN_SOFT_TARGET", weight=1.0)
+    node.TEMPERATURE = 1.0
+    node.CONFIDENCE_POWER = 2.0
+    node.BOX_WEIGHT = 1.0
+    # Detectron2's RPN learns by L1 itself.
+    node.BOX_LOSS = "l1"
+
+    # CrossKD (arXiv 2306.11369) of RetinaNet or FCOS: the student's features through the teacher's head. The weights
+    # are the published ones for RetinaNet; FCOS takes WEIGHT 0.4, BOX_WEIGHT 1.875 (0.75 in all) and CUT 2.
+    node = add_loss_config(cfg, "CROSS_KD", weight=1.0)
+    # Convolutions of the student's head that its features have passed; the published heads have four.
+    node.CUT = 3
+    # As KD.DENSE_SOFT_TARGET's; published with the power 1, and another divisor.
+    node.CONFIDENCE_POWER = 2.0
+    node.BOX_WEIGHT = 1.0
+
     # FSP, flow of solution procedure (Yim et al., CVPR 2017); the weight is lambda of Eq. 2, for which the paper gives
     # no number: this one is ours. Taps are read two by two, each pair is one flow.
     node = add_loss_config(cfg, "FSP", weight=1e-5, taps=("res2", "res3", "res3", "res4", "res4", "res5"))

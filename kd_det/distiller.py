@@ -97,12 +97,12 @@ class Distiller(nn.Module):
         if self.input_format is None:
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
         needs_regions = any(loss.needs_regions for loss in losses)
-        self._student_taps = Taps(student, [t for loss in losses for t in loss.student_taps], side="student")
         check_teacher(teacher, self.input_format)  # before the losses look for its taps
         with preserved_random_state():  # connectors must not shift what training draws
             for loss in losses:
                 loss.connect(student, teacher)
                 loss.to(self.device)
+        self._student_taps = Taps(student, [t for loss in losses for t in loss.student_taps], side="student")
         self._teacher = Teacher(
             teacher,
             [t for loss in losses for t in loss.teacher_taps],

@@ -6,12 +6,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from kd_det import DISTILLATION_LOSS_REGISTRY, student_cfg
+from kd_det import student_cfg
 from tests.pretend_accelerator import Accelerator, place
-from tests.tiny import batch, distillation_cfg, tiny_cfg, tiny_retinanet_cfg
+from tests.tiny import RCNN_LOSSES, batch, distillation_cfg, tiny_cfg, tiny_retinanet_cfg
 
 FOUNDING = ("NST", "AttentionTransfer", "Overhaul", "Similarity", "Hint", "SoftTarget")
-LOSSES = [name for name, _ in DISTILLATION_LOSS_REGISTRY if name not in ("GradientAttentionLoss", "MeanLoss")]
 CASCADE = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True}
 # The most that distillation may add to a step. Waits: one for the image sizes, and those of Detectron2's pooler on the
 # teacher's regions (one a level and one).
@@ -41,10 +40,10 @@ def step(model, inputs, iterations: int = 1):
     return losses, accelerator
 
 
-def added(tmp_path, losses, inputs, **opts):
+def added(tmp_path, losses, inputs, *, dress=lambda cfg: cfg, **opts):
     """Waits and kernels that distillation adds to a step of the same student."""
     # Margins are calibrated in the first step, the second is like all that follow.
-    cfg = distillation_cfg(tmp_path, *losses, KD__OVERHAUL__CALIBRATION_IMAGES=1, **opts)
+    cfg = dress(distillation_cfg(tmp_path, *losses, KD__OVERHAUL__CALIBRATION_IMAGES=1, **opts))
     steps = []
     for config in (cfg, student_cfg(cfg)):
         torch.manual_seed(0)
@@ -55,7 +54,7 @@ def added(tmp_path, losses, inputs, **opts):
     return extra, distilled.kernels - plain.kernels, distilled.waits - plain.waits
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", RCNN_LOSSES)
 def test_what_one_loss_adds(tmp_path, name):
     waits, kernels, where = added(tmp_path, [name], batch)
     assert waits <= MOST_WAITS, where
@@ -107,7 +106,7 @@ def test_schedules(tmp_path, opts):
     "inputs", [lambda: batch(((64, 96), (64, 96))), lambda: empty(batch())], ids=["whole", "empty"]
 )
 def test_images_without_padding_and_without_objects(tmp_path, inputs):
-    names = [name for name in LOSSES if name != "SimilarityLoss"]
+    names = [name for name in RCNN_LOSSES if name != "SimilarityLoss"]
     step(build_model(distillation_cfg(tmp_path, *names)).train(), inputs(), iterations=2)
 
 
@@ -137,13 +136,29 @@ def test_other_heads(tmp_path, teacher, opts, losses, inputs):
     step(build_model(distillation_cfg(tmp_path, *losses, teacher=teacher, **opts)).train(), inputs())
 
 
+def retinanet(cfg):
+    """The tiny RetinaNet with a config's KD node."""
+    plain = tiny_retinanet_cfg(MODEL__META_ARCHITECTURE="Distiller")
+    plain.KD = cfg.KD
+    plain.KD.STUDENT.META_ARCHITECTURE = "RetinaNet"
+    return plain
+
+
 def test_retinanet_with_taps_in_the_head(tmp_path):
     taps = {"KD__SOFT_TARGET__STUDENT_TAPS": ["head.cls_score"], "KD__NST__STUDENT_TAPS": ["p3", "p7"]}
     cfg = distillation_cfg(tmp_path, "NST", "SoftTarget", teacher=tiny_retinanet_cfg(depth=50, width=8), **taps)
-    retinanet = tiny_retinanet_cfg()
-    cfg.KD.STUDENT.META_ARCHITECTURE = "RetinaNet"
-    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RETINANET = retinanet.MODEL.BACKBONE.NAME, retinanet.MODEL.RETINANET
-    step(build_model(cfg).train(), batch())
+    step(build_model(retinanet(cfg)).train(), batch())
+
+
+@pytest.mark.parametrize("name, most_kernels", [("DenseSoftTarget", 430), ("CrossKD", 720)])
+def test_what_a_loss_on_dense_heads_adds(tmp_path, name, most_kernels):
+    many = ((64, 96), (48, 64), (64, 64), (32, 96), (48, 48))
+    teacher = tiny_retinanet_cfg(depth=50, width=8)
+    waits, kernels, where = added(
+        tmp_path, [name], lambda: batch(many), dress=retinanet, teacher=teacher, KD__CROSS_KD__CUT=1
+    )
+    assert waits <= 1, where  # the image sizes
+    assert kernels <= most_kernels
 
 
 def test_a_box_on_the_host_is_no_mix_of_devices(tmp_path):

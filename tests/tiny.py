@@ -7,6 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
 
 from kd_det import DISTILLATION_LOSS_REGISTRY, add_kd_config
@@ -15,6 +16,8 @@ NUM_CLASSES = 3
 
 # The losses of kd_det, without those that tests register.
 LOSSES = sorted(name for name, cls in DISTILLATION_LOSS_REGISTRY if cls.__module__.startswith("kd_det."))
+# Those of a Faster R-CNN.
+RCNN_LOSSES = [n for n in LOSSES if n not in ("GradientAttentionLoss", "DenseSoftTargetLoss", "CrossKDLoss")]
 
 
 def tiny_resnet(cfg: CfgNode) -> ResNet:
@@ -57,6 +60,24 @@ def tiny_retinanet_cfg(**opts) -> CfgNode:
         "MODEL__RETINANET__NUM_CONVS": 1,
     }
     return tiny_cfg(**{**defaults, **opts})
+
+
+def tiny_fcos(*, num_classes: int = NUM_CLASSES, num_convs: int = 1, **opts) -> FCOS:
+    """A tiny FCOS on p3 to p7, which Detectron2 builds from LazyConfigs only."""
+    cfg = tiny_retinanet_cfg(**opts)
+    backbone, levels = build_tiny_retinanet_fpn_backbone(cfg, None), ["p3", "p4", "p5", "p6", "p7"]
+    shapes = [backbone.output_shape()[level] for level in levels]
+    head = FCOSHead(input_shape=shapes, num_classes=num_classes, conv_dims=[shapes[0].channels] * num_convs)
+    model = FCOS(
+        backbone=backbone,
+        head=head,
+        head_in_features=levels,
+        num_classes=num_classes,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
+    model.input_format = "BGR"
+    return model
 
 
 def tiny_cfg(*, depth: int = 18, width: int = 4, fpn: int = 8, **opts) -> CfgNode:

@@ -9,7 +9,15 @@ from kd_det.losses.attention_transfer import (
 from kd_det.losses.binary_soft_target import binary_soft_target_loss
 from kd_det.losses.bounded_regression import BoundedRegressionLoss, bounded_regression_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss, build_losses, loss_class
+from kd_det.losses.cross_kd import CrossKDLoss, align_scale, quality_focal_loss
 from kd_det.losses.cwd import CWDLoss, cwd_loss
+from kd_det.losses.dense_soft_target import (
+    DenseSoftTargetLoss,
+    RPNSoftTargetLoss,
+    confidence_weights,
+    dense_box_loss,
+    dense_class_loss,
+)
 from kd_det.losses.dist import DISTLoss, dist_loss
 from kd_det.losses.dkd import DKDLoss, dkd_loss
 from kd_det.losses.fgd import FGDLoss, fgd_loss
@@ -29,8 +37,10 @@ __all__ = [
     "AttentionTransferLoss",
     "BoundedRegressionLoss",
     "CWDLoss",
+    "CrossKDLoss",
     "DISTLoss",
     "DKDLoss",
+    "DenseSoftTargetLoss",
     "DistillationLoss",
     "FGDLoss",
     "FSPLoss",
@@ -39,15 +49,20 @@ __all__ = [
     "NSTLoss",
     "OverhaulLoss",
     "PKDLoss",
+    "RPNSoftTargetLoss",
     "ReviewKDLoss",
     "SimilarityLoss",
     "SoftTargetLoss",
+    "align_scale",
     "attention_map",
     "attention_transfer_loss",
     "binary_soft_target_loss",
     "bounded_regression_loss",
     "build_losses",
+    "confidence_weights",
     "cwd_loss",
+    "dense_box_loss",
+    "dense_class_loss",
     "dist_loss",
     "dkd_loss",
     "fgd_loss",
@@ -64,6 +79,7 @@ __all__ = [
     "overhaul_loss",
     "partial_l2_loss",
     "pkd_loss",
+    "quality_focal_loss",
     "similarity_preserving_loss",
     "soft_target_loss",
 ]

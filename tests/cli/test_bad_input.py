@@ -127,6 +127,27 @@ OPTIONS = {
         ["KD.LOSSES", "('SoftTarget',)", "MODEL.ROI_HEADS.NUM_CLASSES", "4"],
         "the student has 4 classes and the teacher 3",
     ),
+    "no dense head": (
+        ["KD.LOSSES", "('DenseSoftTarget',)"],
+        "DenseSoftTargetLoss compares two heads at the same anchors: the student GeneralizedRCNN has no dense head",
+    ),
+    "nothing to cross": (["KD.LOSSES", "('CrossKD',)"], "CrossKDLoss .* GeneralizedRCNN has no dense head"),
+    "no RPN": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"],
+        "the student GeneralizedRCNN has no RPN",
+    ),
+    "other anchors": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [64], [96]]"],
+        "the student's anchors of level 4 are .*96x96.* at stride 64, the teacher's .*128x128.* at stride 64",
+    ),
+    "taps of a loss that finds its own": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "KD.RPN_SOFT_TARGET.STUDENT_TAPS", "('p2',)"],
+        "RPNSoftTargetLoss chooses the taps in the heads itself, found \\('p2',\\)",
+    ),
+    "unknown distance of boxes": (
+        ["KD.LOSSES", "('RPNSoftTarget',)", "KD.RPN_SOFT_TARGET.BOX_LOSS", "l2"],
+        "Unknown kind of dense_box_loss 'l2'. Did you mean 'l1'",
+    ),
     # The student.
     "unknown meta-architecture": (["MODEL.META_ARCHITECTURE", "Destiller"], "Did you mean 'Distiller'"),
     "unknown student": (["KD.STUDENT.META_ARCHITECTURE", "FasterRCNN"], "KD.STUDENT.META_ARCHITECTURE 'FasterRCNN'"),

@@ -132,6 +132,7 @@ PLAIN_LOSSES = {
     "dist": functions.dist_loss,
     "fsp": functions.fsp_loss,
     "gradient_attention": functions.gradient_attention_loss,
+    "quality_focal": functions.quality_focal_loss,
 }
 
 

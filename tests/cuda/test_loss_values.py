@@ -4,11 +4,14 @@ import functools
 
 import pytest
 import torch
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
 
 from kd_det.losses import (
     attention_transfer_loss,
     bounded_regression_loss,
     cwd_loss,
+    dense_box_loss,
+    dense_class_loss,
     dist_loss,
     dkd_loss,
     fgd_loss,
@@ -21,6 +24,7 @@ from kd_det.losses import (
     overhaul_loss,
     partial_l2_loss,
     pkd_loss,
+    quality_focal_loss,
     similarity_preserving_loss,
     soft_target_loss,
 )
@@ -67,6 +71,11 @@ ON_ROWS = {
     "dist": dist_loss,
     "similarity": similarity_preserving_loss,
     "bounded_regression": lambda s, t: bounded_regression_loss(s[:, :4], t[:, :4], torch.ones_like(t[:, :4])),
+    "dense_class": lambda s, t: dense_class_loss(s.view(4, 7, 40), t.view(4, 7, 40), t[:, None, :40].sigmoid()),
+    "dense_box": lambda s, t: dense_box_loss(
+        s.view(4, 4, 70), t.view(4, 4, 70), t[:, None, :70].sigmoid(), kind="giou", transform=Box2BoxTransformLinear()
+    ),
+    "quality_focal": quality_focal_loss,
     "fsp": lambda s, t: fsp_loss(
         *(fsp_matrix(x.view(4, 8, 5, 7)[:, :4], x.view(4, 8, 5, 7)[:, 4:]) for x in (s, t))
     ),

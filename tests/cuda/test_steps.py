@@ -4,12 +4,10 @@ import gc
 
 import pytest
 import torch
-from detectron2.modeling import build_model
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from torch.utils.checkpoint import checkpoint
 
 from kd_det import Distiller, student_cfg
-from kd_det.losses import NSTLoss, PKDLoss, loss_class
+from kd_det.losses import CrossKDLoss, DenseSoftTargetLoss, NSTLoss, PKDLoss, loss_class
 from tests.classification.tiny_classifier import distilled_cfg, images
 from tests.cuda.tiny_cuda import (
     DETECTOR_LOSSES,
@@ -25,7 +23,7 @@ from tests.cuda.tiny_cuda import (
     losses_of,
     train,
 )
-from tests.tiny import batch, tiny_cfg
+from tests.tiny import batch, tiny_fcos
 from tests.tiny_run import ALL_LOSSES
 
 pytestmark = pytest.mark.cuda
@@ -62,8 +60,10 @@ def test_no_loss_and_weights_of_0_are_plain_training(tmp_path, device):
 def test_every_detector(tmp_path, device, detector, amp):
     if device == "cpu" and amp == torch.float16:
         pytest.skip("float16 is for GPUs")
-    losses = ("NST", "PKD", "FGD") if detector == "RetinaNet" else ("NST", "SoftTarget", "DKD", "BoundedRegression")
-    model = build(detector_cfg(tmp_path, detector, device, *losses))
+    losses = ("NST", "SoftTarget", "DKD", "BoundedRegression", "RPNSoftTarget")
+    if detector == "RetinaNet":
+        losses = ("NST", "PKD", "FGD", "DenseSoftTarget", "CrossKD")
+    model = build(detector_cfg(tmp_path, detector, device, *losses, KD__CROSS_KD__CUT=1))
     for inputs in (batch_with_masks() if detector == "Mask R-CNN" else batch(), batch(((64, 64), (64, 64)))):
         if detector == "Mask R-CNN" and not inputs[0]["instances"].has("gt_masks"):
             continue
@@ -74,22 +74,11 @@ def test_every_detector(tmp_path, device, detector, amp):
         assert len(model.eval()(batch())) == 2
 
 
-def fcos(**opts) -> FCOS:
-    """Detectron2 configures it by lazy configs only."""
-    backbone = build_model(tiny_cfg(**opts)).backbone
-    levels = ("p3", "p4", "p5", "p6")
-    head = FCOSHead(input_shape=[backbone.output_shape()[level] for level in levels], num_classes=3, conv_dims=[8])
-    pixels = {"pixel_mean": (103.5, 116.3, 123.7), "pixel_std": (57.4, 57.1, 58.4)}
-    ret = FCOS(backbone=backbone, head=head, head_in_features=levels, num_classes=3, **pixels)
-    ret.input_format = "BGR"
-    return ret
-
-
 def test_fcos(device):
     """In float32: under autocast, fvcore's giou_loss mixes types."""
-    teacher, student = fcos(depth=50, width=8), fcos()
-    losses = [NSTLoss(student_taps=["p3", "p4"]), PKDLoss(student_taps=["p3"])]
-    model = Distiller(student=student, teacher=teacher, losses=losses).to(device).train()
+    on_maps = [NSTLoss(student_taps=["p3", "p4"]), PKDLoss(student_taps=["p3"])]
+    losses = [*on_maps, DenseSoftTargetLoss(), CrossKDLoss(cut=1)]
+    model = Distiller(student=tiny_fcos(), teacher=tiny_fcos(depth=50, width=8), losses=losses).to(device).train()
     assert_fine(train(model, 2), device)
 
 

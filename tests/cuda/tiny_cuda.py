@@ -8,9 +8,9 @@ from detectron2.utils.events import EventStorage
 
 import tests.classification.tiny_classifier  # noqa: F401  registers the backbone of C4
 from kd_det import Distiller
-from tests.tiny import LOSSES, batch, distillation_cfg, tiny_cfg
+from tests.tiny import RCNN_LOSSES, batch, distillation_cfg, tiny_cfg
 
-DETECTOR_LOSSES = [name for name in LOSSES if name != "GradientAttentionLoss"]
+DETECTOR_LOSSES = RCNN_LOSSES
 # Those whose values depend on the maps only, not on the regions or positions that are sampled at random.
 MAP_LOSSES = ("NST", "AttentionTransfer", "Overhaul", "Hint", "PKD", "CWD", "FGD", "ReviewKD", "FSP")
 

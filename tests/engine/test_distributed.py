@@ -25,7 +25,7 @@ from kd_det.cli.launch import _create_local_process_group
 from kd_det.engine import RESUMABLE, Trainer
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg
 from tests.classification.tiny_classifier import images as classifier_images
-from tests.tiny import LOSSES, batch, distillation_cfg, tiny_cfg
+from tests.tiny import RCNN_LOSSES, batch, distillation_cfg, tiny_cfg
 from tests.tiny_run import ALL_LOSSES, differing, run_cfg, train
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ PRE_ACTIVATIONS = tuple(f"res{i}.pre_activation" for i in range(2, 6))
 
 # Every loss of a detector; norms of the whole batch, and margins of the images seen so far.
 CASES = {
-    **{name: {} for name in LOSSES if name != "GradientAttentionLoss"},
+    **{name: {} for name in RCNN_LOSSES},
     "OverhaulLoss": {"KD__OVERHAUL__CONNECTOR_NORM": "FrozenBN", "KD__OVERHAUL__MARGIN": "running"},
     "MGDLoss": {"KD__MGD__MASK_RATIO": 0.0},  # ranks hide other positions than one process would
     "ReviewKDLoss": {"KD__REVIEW_KD__CONNECTOR_NORM": "FrozenBN", "KD__REVIEW_KD__MID_CHANNELS": 8},

@@ -12,11 +12,8 @@ from detectron2.solver import build_optimizer
 from torch import Tensor
 
 from kd_det.weights.checkpoint import SafeCheckpointer
-from tests.tiny import LOSSES, batch, distillation_cfg
+from tests.tiny import RCNN_LOSSES, batch, distillation_cfg
 from tests.tiny_run import ALL_LOSSES
-
-# Every loss of a detector.
-DETECTION_LOSSES = sorted(name for name in LOSSES if name != "GradientAttentionLoss")
 
 
 def state(model) -> dict:
@@ -140,7 +137,7 @@ def test_a_distiller_leaves_the_student_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DETECTION_LOSSES)
+@pytest.mark.parametrize("name", RCNN_LOSSES)
 def test_200_steps_in_bfloat16_stay_finite_and_near(tmp_path, name):
     opts = {"SOLVER__BASE_LR": 0.001, "SOLVER__CLIP_GRADIENTS__ENABLED": True, "KD__OVERHAUL__MARGIN": "running"}
     cfg = distillation_cfg(tmp_path, name, **opts)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
 
 from kd_det import losses
 from tests.pretend_accelerator import Accelerator, DeviceTensor, on_device
@@ -112,6 +113,30 @@ def test_soft_targets(shape):
     check(losses.soft_target_loss, 20, student, teacher)
     value, _, _ = run(losses.soft_target_loss, student[:0], teacher[:0])
     assert value == 0
+
+
+@pytest.mark.parametrize(
+    "name, most_kernels, options",
+    [
+        ("dense_class_loss", 35, {}),
+        ("dense_box_loss", 25, {}),
+        ("dense_box_loss", 230, {"kind": "giou", "transform": Box2BoxTransform((1.0, 1.0, 1.0, 1.0))}),
+    ],
+)
+def test_dense_heads(name, most_kernels, options):
+    student, teacher, weights = torch.randn(6, 4, 20), torch.randn(6, 4, 20), torch.rand(6, 1, 20)
+    check(functools.partial(getattr(losses, name), **options), most_kernels, student, teacher, weights)
+
+
+def test_crossed_heads():
+    valid = torch.arange(W).expand(N, 1, H, W) < 9
+    check(lambda s, t, **kw: losses.align_scale(s, t, **kw).square().sum(), 60, maps(), maps(seed=1), valid=valid)
+    valid = valid.flatten(2)
+    check(losses.quality_focal_loss, 35, maps().flatten(2), maps(seed=1).flatten(2), valid=valid)
+    with Accelerator() as accelerator:
+        found = losses.confidence_weights(on_device(maps().flatten(2)), valid=on_device(valid))
+    assert torch.equal(found.cpu_values, losses.confidence_weights(maps().flatten(2), valid=valid))
+    assert not accelerator.waits
 
 
 def test_gradient_attention():

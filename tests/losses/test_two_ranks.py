@@ -1,5 +1,8 @@
 """Two ranks are one batch where padding and numbers of regions differ between them (D26)."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -7,8 +10,17 @@ from detectron2.utils import comm
 
 from kd_det.features.context import StepContext
 from kd_det.features.regions import RegionOutputs, RegionTargets
-from kd_det.losses import BoundedRegressionLoss, DISTLoss, DKDLoss, SoftTargetLoss
+from kd_det.losses import (
+    BoundedRegressionLoss,
+    CrossKDLoss,
+    DenseSoftTargetLoss,
+    DISTLoss,
+    DKDLoss,
+    RPNSoftTargetLoss,
+    SoftTargetLoss,
+)
 from tests.engine.test_distributed import compare_halves_with_whole, on_two_ranks
+from tests.losses.test_dense_soft_target import detector
 from tests.tiny import batch, distillation_cfg, tiny_cfg
 
 CASES = {
@@ -68,3 +80,42 @@ def test_unequal_numbers_of_regions(tmp_path, cls):
     torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, whole["loss"])
     # DDP halves the sum of both ranks' gradients.
     torch.testing.assert_close(torch.cat([rank["gradient"] for rank in ranks]) / 2, whole["gradient"])
+
+
+def run_dense(kind, make, sizes):
+    """The loss and its gradient, of random maps of as many images as this rank has; of images alike, the same maps."""
+    loss, student = make(), detector(kind, seed=0)
+    loss.connect(student, student)
+    mine = slice(None) if comm.get_world_size() == 1 else slice(comm.get_rank(), comm.get_rank() + 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(taps):
+        channels = [student.get_submodule(tap).out_channels for tap in taps]
+        shapes = [(len(set(sizes)), c, *size) for c in channels for size in ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))]
+        return [torch.randn(shape, generator=generator).expand(2, -1, -1, -1)[mine] for shape in shapes]
+
+    own, theirs = [x.clone().requires_grad_() for x in maps(loss.student_taps)], maps(loss.teacher_taps)
+    value = loss(own, theirs, StepContext(sizes[mine], (64, 96), teacher=SimpleNamespace(model=student)))
+    value.backward()
+    return {"loss": value.detach(), "gradient": [x.grad for x in own]}
+
+
+UNEQUAL, ALIKE = [(64, 96), (40, 56)], [(40, 56), (40, 56)]
+
+
+@pytest.mark.parametrize(
+    "kind, make, sizes",
+    [
+        ("RetinaNet", DenseSoftTargetLoss, UNEQUAL),
+        ("FCOS", DenseSoftTargetLoss, UNEQUAL),
+        ("RPN", RPNSoftTargetLoss, UNEQUAL),
+        # Features are aligned by the statistics of each rank's own images.
+        ("RetinaNet", partial(CrossKDLoss, cut=1), ALIKE),
+    ],
+)
+def test_confident_anchors(tmp_path, kind, make, sizes):
+    whole, ranks = run_dense(kind, make, sizes), on_two_ranks(tmp_path, run_dense, kind, make, sizes)
+    torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, whole["loss"])
+    halves = [torch.cat(pair) / 2 for pair in zip(*(rank["gradient"] for rank in ranks))]
+    for half, expected in zip(halves, whole["gradient"]):
+        torch.testing.assert_close(half, expected)

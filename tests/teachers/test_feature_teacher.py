@@ -167,6 +167,8 @@ def test_region_losses_are_refused_with_the_reason(tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match="the teacher has no roi_heads"):
         build_model(adapter_cfg("timm://resnet10t", tmp_path / "w.pth", "SoftTargetLoss"))
+    with pytest.raises(ValueError, match="the teacher FeatureTeacher has no RPN"):
+        build_model(adapter_cfg("timm://resnet10t", tmp_path / "w.pth", "RPNSoftTargetLoss"))
 
 
 @pytest.mark.parametrize(
