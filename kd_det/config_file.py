@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from kd_det.compat import model_zoo
 from kd_det.errors import IMPORT_HINT, one_line, unknown_name
 
-__all__ = ["add_missing_keys", "find_config", "flat_keys", "import_project", "merge_config_file", "merge_options"]
+__all__ = ["add_missing_keys", "find_config", "import_project", "merge_config_file", "merge_options"]
 
 _PACKAGE = Path(__file__).parent
 # kd_det's own configs: beside the package in a checkout, inside it where it was installed.
@@ -151,7 +151,7 @@ def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:
         message = str(e.args[0]) if e.args else type(e).__name__
         key = message.rsplit(": ", 1)[-1]
         if "Non-existent" in message:
-            message = f"{unknown_name('config key', key, flat_keys(cfg), most=6)} {IMPORT_HINT}"
+            message = f"{unknown_name('config key', key, _keys(cfg), most=6)} {IMPORT_HINT}"
         raise ValueError(f"{where}: {message}") from e
     except (AttributeError, TypeError) as e:
         raise ValueError(f"{where}: a value stands where Detectron2 has a section, or the reverse ({e})") from e
@@ -159,9 +159,8 @@ def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:
         raise ValueError(f"{where}: {one_line(e)}") from e
 
 
-def flat_keys(node: CfgNode, prefix: str = "") -> dict[str, object]:
-    """Every value of a config by its dotted key."""
-    ret = {}
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    ret = []
     for key, value in node.items():
-        ret |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value}
+        ret += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
     return ret

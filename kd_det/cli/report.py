@@ -27,7 +27,6 @@ from kd_det.cli.run_folder import RunFolder, open_runs, summarize
 from kd_det.cli.run_tool import run_tool
 from kd_det.cli.visualize import load_records
 from kd_det.config import add_kd_config
-from kd_det.config_file import flat_keys
 from kd_det.errors import UserError, one_line
 from kd_det.study.run_config import used_config
 from kd_det.visualization import ReportedRun, Row, Viewer, attention_row, detections_row, read_sample, render_report
@@ -73,7 +72,9 @@ def _describe(name: str, run: RunFolder, num_images: int) -> ReportedRun:
     if not run.log:
         ret.left_out.append("Command and versions are left out: the folder has no log.txt.")
     try:
-        ret.config = changed_keys(run.cfg)
+        default = get_cfg()
+        add_kd_config(default)
+        ret.config = changed_keys(default, used_config(run.cfg))
         _add_pictures(ret, run, num_images)
     except (OSError, ValueError) as e:
         ret.left_out.append(f"Pictures are left out: {one_line(e)}")
@@ -92,13 +93,16 @@ def _facts(run: RunFolder) -> dict[str, str]:
     return ret
 
 
-def changed_keys(cfg: CfgNode) -> dict[str, tuple[str, str]]:
-    """The keys of a config, of those that its run uses, that differ from the defaults: the default and the value."""
-    default = get_cfg()
-    add_kd_config(default)
-    defaults, values = flat_keys(default), flat_keys(used_config(cfg))
-    pairs = {key: (str(defaults.get(key, "")), str(value)) for key, value in values.items()}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+def changed_keys(default: CfgNode, cfg: CfgNode, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """The keys of a config that differ from another one's: there and here."""
+    ret = {}
+    for key, value in cfg.items():
+        other = default.get(key, CfgNode() if isinstance(value, CfgNode) else "")
+        if isinstance(value, CfgNode):
+            ret |= changed_keys(other, value, f"{prefix}{key}.")
+        elif str(value) != str(other):
+            ret[prefix + key] = str(other), str(value)
+    return ret
 
 
 def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:

@@ -49,11 +49,11 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
     model = getattr(trainer.model, "module", trainer.model)
+    if cfg.VIS_PERIOD > 0 and not is_classifier(cfg):
+        trainer.register_hooks([visualization_hook(cfg, model)])
     if cfg.TEST.AUG.ENABLED:
         student = getattr(model, "student", model)
         trainer.register_hooks([hooks.EvalHook(0, lambda: test_with_augmentation(cfg, student, trainer_class))])
-    if cfg.VIS_PERIOD > 0 and not is_classifier(cfg):
-        trainer.register_hooks([visualization_hook(cfg, model)])
     if getattr(model, "losses", None):
         logger.info(f"Distillation:\n{distillation_summary(model)}")
     return trainer.train()
