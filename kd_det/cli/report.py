@@ -55,7 +55,8 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], out: str, num_images: 
         summaries.append(summarize(name, folders))
         for folder in folders:
             reported.append(_describe(name if len(folders) == 1 else f"{name}: {folder.path}", folder, num_images))
-    page = render_report(reported, table_cells(summaries))
+    curves = {name: [folder.history for folder in folders] for name, folders in runs.items()}
+    page = render_report(reported, table_cells(summaries), curves)
     with open(out, "w") as file:
         file.write(page)
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
@@ -76,7 +77,7 @@ def _describe(name: str, run: RunFolder, num_images: int) -> ReportedRun:
         add_kd_config(default)
         ret.config = changed_keys(default, used_config(run.cfg))
         _add_pictures(ret, run, num_images)
-    except (OSError, ValueError) as e:
+    except (KeyError, OSError, ValueError) as e:  # KeyError: a backbone of a project that is not imported
         ret.left_out.append(f"Pictures are left out: {one_line(e)}")
     return ret
 

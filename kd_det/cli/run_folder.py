@@ -62,12 +62,8 @@ class RunFolder:
         return found[-1] if found else ""
 
     def loss_weights(self) -> dict[str, float]:
-        if self.cfg.MODEL.META_ARCHITECTURE != "Distiller":
-            return {}
-        return {cls.__name__.removesuffix("Loss"): self.cfg.KD[cls.name.upper()].WEIGHT for cls in self._loss_classes()}
-
-    def _loss_classes(self) -> Iterable[type]:
-        return enabled_loss_classes(self.cfg)
+        losses = enabled_loss_classes(self.cfg) if self.cfg.MODEL.META_ARCHITECTURE == "Distiller" else []
+        return {loss.__name__.removesuffix("Loss"): self.cfg.KD[loss.name.upper()].WEIGHT for loss in losses}
 
 
 def open_runs(specs: Iterable[str]) -> dict[str, list[RunFolder]]:
@@ -104,7 +100,7 @@ def summarize(name: str, runs: list[RunFolder]) -> RunSummary:
     times = [value for run in runs for value in run.history.values.get("time", {}).values()]
     try:
         size, weights = _size(student_cfg(runs[0].cfg).dump(), runs[0]), runs[0].loss_weights()
-    except (OSError, ValueError):  # the config is gone, or of a project that is not there
+    except (KeyError, OSError, RuntimeError, ValueError):  # no config, a project that is not there, no way to count
         size, weights = (None, None), {}
     steps, seconds = max(run.steps for run in runs), statistics.median(times) if times else None
     return RunSummary(name, steps, scores, *size, seconds=seconds, weights=weights)

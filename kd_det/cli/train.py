@@ -49,7 +49,7 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
     model = getattr(trainer.model, "module", trainer.model)
-    if cfg.VIS_PERIOD > 0 and not is_classifier(cfg):
+    if cfg.VIS_PERIOD > 0 and not is_classifier(cfg) and comm.is_main_process():  # the one that writes
         trainer.register_hooks([visualization_hook(cfg, model)])
     if cfg.TEST.AUG.ENABLED:
         student = getattr(model, "student", model)

@@ -37,7 +37,6 @@ from kd_det.visualization import (
     stack,
 )
 from kd_det.weights.checkpoint import SafeCheckpointer
-from kd_det.weights.files import find_weights
 from kd_det.weights.strict import load_strictly
 
 HOOK_IMAGES = 2  # drawn every VIS_PERIOD
@@ -60,13 +59,6 @@ def visualization_hook(cfg: CfgNode, model: nn.Module) -> VisualizationHook:
     return VisualizationHook(model, samples, metadata, period=cfg.VIS_PERIOD, input_format=cfg.INPUT.FORMAT)
 
 
-def load_initial(model: nn.Module, path: str) -> None:
-    """Load ``MODEL.WEIGHTS`` as a training does, leaving what it lacks; ``OSError`` or ``ValueError`` if it cannot."""
-    if path:
-        find_weights(path, who="student before training")
-    SafeCheckpointer(model, save_to_disk=False).load(path)
-
-
 def _visualize(args: argparse.Namespace) -> None:
     if is_lazy(args):
         raise UserError("kd-det visualize reads yaml configs; in Python, kd_det.visualization.Viewer takes any model")
@@ -79,15 +71,17 @@ def _visualize(args: argparse.Namespace) -> None:
     model = build_model(cfg).eval()
     if getattr(model, "missing_teacher", None):
         print(f"without the teacher: {one_line(model.missing_teacher)}")
-    pairs = [(tap, tap) for tap in args.taps]
-    viewer = Viewer(model, input_format=cfg.INPUT.FORMAT, pairs=pairs)
+    viewer = Viewer(model, input_format=cfg.INPUT.FORMAT, pairs=[(tap, tap) for tap in args.taps])
     samples = [read_sample(cfg, record) for record in records]
     seen: list[dict] = [{} for _ in samples]
-    for name, load in (("student before", _load_before), ("student", _load)):
+    for name, weights in (("student before", args.before), ("student", args.weights)):
         try:
-            load(model, cfg, args)
+            if weights:
+                load_strictly(model, weights, who=name)
+            else:  # as training does, which leaves what MODEL.WEIGHTS lacks
+                SafeCheckpointer(model, save_to_disk=False).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
         except (OSError, ValueError) as e:
-            if load is _load or args.before:
+            if weights:
                 raise
             print(f"without the student before training: {one_line(e)}")
             continue
@@ -116,6 +110,8 @@ def _visualize(args: argparse.Namespace) -> None:
 
 def _images(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[dict], Metadata]:
     """The images to draw, and the metadata of their classes; without a data set, classes are numbers."""
+    if args.num < 1:
+        raise UserError(f"--num must be at least 1, found {args.num}")
     if not args.images:
         if not cfg.DATASETS.TEST:
             raise UserError("DATASETS.TEST is empty: name images by --images")
@@ -129,17 +125,6 @@ def _images(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[dict], Metadat
         return records, load_records(cfg.DATASETS.TEST[0])[1]
     except (IndexError, OSError, ValueError):
         return records, Metadata()
-
-
-def _load_before(model: nn.Module, cfg: CfgNode, args: argparse.Namespace) -> None:
-    if args.before:
-        load_strictly(model, args.before, who="student before")
-    else:
-        load_initial(model, cfg.MODEL.WEIGHTS)
-
-
-def _load(model: nn.Module, cfg: CfgNode, args: argparse.Namespace) -> None:
-    load_strictly(model, args.weights, who="student")
 
 
 def _write(folder: str, name: str, pictures: list[np.ndarray]) -> None:

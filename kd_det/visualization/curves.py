@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 from kd_det.visualization.history import History, align
 
-__all__ = ["chart_svg", "draw_curves", "loss_shares_svg", "plot_curves"]
+__all__ = ["Runs", "chart_svg", "draw_curves", "loss_shares_svg", "plot_curves"]
 
 # Told apart also by colour-blind readers (after Okabe and Ito), and seen on white as on black.
 COLOURS = ("#2A8CD0", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 _INK = "#010203"  # stands for the text's colour of the page that an SVG is put into
 _COLUMNS = 3
 
+# By the name in the legend, one history or those of several seeds.
 Runs = Mapping[str, Sequence[History]]
 
 

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from matplotlib.colors import to_hex
 
-from kd_det.visualization.curves import chart_svg, loss_shares_svg
+from kd_det.visualization.curves import Runs, chart_svg, loss_shares_svg
 from kd_det.visualization.history import History
 from kd_det.visualization.panels import Panel, Row, overlay
 
@@ -43,19 +43,21 @@ class ReportedRun:
     left_out: list[str] = field(default_factory=list)
 
 
-def render_report(runs: Sequence[ReportedRun], table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
+def render_report(
+    runs: Sequence[ReportedRun], table: tuple[Sequence[str], Sequence[Sequence[str]]], curves: Runs
+) -> str:
     """
     The page.
 
     Args:
         runs: in the order of their sections, with different names.
         table: headers and rows that compare them.
+        curves: what the charts show, by name; several histories are seeds of one run.
     """
-    histories = {run.name: [run.history] for run in runs}
     scores = list(dict.fromkeys(key for run in runs for key in run.history.scores()))
     losses = list(dict.fromkeys(key for run in runs for key in run.history.losses()))
-    charts = [chart_svg(histories, key, against=x) for key in scores for x in ("iteration", "hours")]
-    loss_charts = [chart_svg(histories, key) for key in losses]
+    charts = [chart_svg(curves, key, against=x) for key in scores for x in ("iteration", "hours")]
+    loss_charts = [chart_svg(curves, key) for key in losses]
     defaults = {key: default for run in runs for key, (default, _) in run.config.items() if key != "OUTPUT_DIR"}
     differing = {key: [run.config.get(key, ("", default))[1] for run in runs] for key, default in defaults.items()}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -66,7 +68,7 @@ def render_report(runs: Sequence[ReportedRun], table: tuple[Sequence[str], Seque
         table=table,
         charts=charts,
         loss_charts=loss_charts,
-        step_time=chart_svg(histories, "time") if any("time" in run.history.values for run in runs) else "",
+        step_time=chart_svg(curves, "time") if any("time" in run.history.values for run in runs) else "",
         shares={run.name: loss_shares_svg(run.history) for run in runs if run.history.losses()},
         classes=_by_class([run.history for run in runs], scores),
         differing={key: values for key, values in differing.items() if len(set(values)) > 1} if len(runs) > 1 else {},

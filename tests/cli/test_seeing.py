@@ -74,6 +74,7 @@ def test_visualize_of_a_file_with_plain_weights_alone(trained, tmp_path, capsys)
         (["--taps", "p9"], "Unknown tap of the student 'p9'"),
         (["--images", "no.jpg"], "--images: no.jpg does not exist"),
         (["--weights", "no.pth"], "no.pth"),
+        (["--num", "0"], "--num must be at least 1, found 0"),
         (["--before", "no.pth"], "no.pth"),
         (["DATASETS.TEST", "()"], "DATASETS.TEST is empty: name images by --images"),
         (["DATASETS.TEST", "('no_set',)"], "Unknown data set 'no_set'"),
