@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=0.9"],
+        "transformers": ["transformers>=5"],
         "fast-eval": ["faster-coco-eval>=1.6"],
         "offline-data": OFFLINE_DATA,
         "dev": ["hypothesis", "import-linter>=2.0", "pytest>=7.4", "pytest-xdist>=3.3", "ruff>=0.6", *OFFLINE_DATA],

@@ -7,10 +7,13 @@ from detectron2.config import CfgNode as CN
 
 from kd_det.backbones import add_timm_config
 
-__all__ = ["add_kd_config", "add_loss_config", "check_kd_config"]
+__all__ = ["SCHEDULE_KEYS", "add_kd_config", "add_loss_config", "check_kd_config"]
+
+# The keys of KD that each loss may have a value of its own for; None, its default: that of KD.
+SCHEDULE_KEYS = ("WARMUP_ITERS", "STOP_ITER", "DECAY", "DECAY_START")
 
 
-def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
+def add_loss_config(cfg: CN, name: str, *, weight: float, taps=(), has_regions: bool = False) -> CN:
     """
     Add the node ``KD.<NAME>`` with the keys that every distillation loss has, and return it.
 
@@ -19,6 +22,7 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
         name: the loss' ``name`` in upper case; the loss is logged as ``loss_<name>``.
         weight: default factor of the loss in the total.
         taps: default places, the same names on both sides.
+        has_regions: whether the positions of its maps can be weighted, see :class:`kd_det.losses.regions.RegionsLoss`.
     """
     node = CN()
     # Factor of this loss in the total; 0 switches it off (nothing is built, nothing is run).
@@ -27,10 +31,15 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=()) -> CN:
     node.STUDENT_TAPS = tuple(taps)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
-    # Iterations of linear warm-up of the factor; None: KD.WARMUP_ITERS.
-    node.WARMUP_ITERS = None
-    # Iteration from which the loss is off (-1: never); None: KD.STOP_ITER.
-    node.STOP_ITER = None
+    # The loss' own KD.WARMUP_ITERS, KD.STOP_ITER, KD.DECAY and KD.DECAY_START; None: that of KD.
+    for key in SCHEDULE_KEYS:
+        node[key] = None
+    if has_regions:
+        # Positions that count: "all", "boxes" or a "gaussian" in each box of the ground truth, "proposals" (how many of
+        # the student's sampled ones lie there), or "foreground_background".
+        node.REGIONS = "all"
+        # With "foreground_background", the share of the weight that lies on objects; DeFeat's is 3 / (3 + 12).
+        node.FOREGROUND_SHARE = 0.2
     cfg.KD[name] = node
     return node
 
@@ -53,6 +62,10 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.WARMUP_ITERS = 0
     # Iteration from which every distillation loss is off (-1: never).
     cfg.KD.STOP_ITER = -1
+    # "linear" or "cosine": every distillation loss falls to 0 at KD.STOP_ITER, or at SOLVER.MAX_ITER if that is -1.
+    cfg.KD.DECAY = ""
+    # Iteration from which it falls.
+    cfg.KD.DECAY_START = 0
     # Parts of the student that start from the teacher's weights where shapes agree, e.g. ("fpn", "proposal_generator",
     # "roi_heads"); MODEL.WEIGHTS is loaded on top.
     cfg.KD.INHERIT = ()
@@ -69,18 +82,28 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.STUDENT.META_ARCHITECTURE = "GeneralizedRCNN"
 
     cfg.KD.TEACHER = CN()
-    # The teacher's config: a file, or a model-zoo name such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
+    # The teacher: a config file (yaml, or a LazyConfig, .py, which is run), a model-zoo name such as
+    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME", "timm://NAME", or "hf://NAME" of a detector
+    # of transformers (of the Hugging Face hub, or a folder).
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # The teacher's weights. Empty: the zoo entry's checkpoint, or MODEL.WEIGHTS of the teacher's config file.
+    # The teacher's weights. Empty: the zoo entry's checkpoint, the library's own, or those that its config file names.
     cfg.KD.TEACHER.WEIGHTS = ""
-    # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10].
+    # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.ROI_HEADS.NUM_CLASSES", 10], of a LazyConfig
+    # ["model.roi_heads.num_classes", 10].
     cfg.KD.TEACHER.OPTS = []
+    # Names of the teacher's classes, in order. Empty: those of its config's data sets, where Detectron2 knows them.
+    cfg.KD.TEACHER.CLASSES = []
+    # Classes that student and teacher name differently, as [student's, teacher's] pairs, each a name or a number, e.g.
+    # [["sofa", "couch"]]. The others are those of the same name; where names are not known, all are, in order.
+    cfg.KD.TEACHER.CLASS_MAP = []
+    # Whether training first evaluates the teacher on DATASETS.TEST, and logs it as "teacher/bbox/AP" and the like.
+    cfg.KD.TEACHER.EVALUATE = False
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
     # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.
     cfg.KD.TEACHER.DTYPE = "float32"
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
-    node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # "linear", "poly" ((x.y + OFFSET)^DEGREE) or "gaussian".
     node.KERNEL = "poly"
     # d of the polynomial kernel.
@@ -93,13 +116,23 @@ def add_kd_config(cfg: CN) -> None:
     # T: both softmaxes are taken at logits / T, and the loss is multiplied by T^2.
     node.TEMPERATURE = 2.0
 
+    # Soft targets on the logits of the mask head, pixel by pixel, on the student's foreground regions.
+    node = add_loss_config(cfg, "MASK_SOFT_TARGET", weight=1.0)
+    # T of the sigmoids; 1 in pixel-wise distillation (arXiv 1903.04197).
+    node.TEMPERATURE = 1.0
+
+    # Soft targets on the heatmaps of the keypoint head, on the student's foreground regions.
+    node = add_loss_config(cfg, "KEYPOINT_SOFT_TARGET", weight=1.0)
+    # T of the softmaxes over a heatmap's positions; 1 in DWPose (arXiv 2307.15880).
+    node.TEMPERATURE = 1.0
+
     # Teacher-bounded box regression (Chen et al., NIPS 2017) on the student's sampled foreground regions.
     node = add_loss_config(cfg, "BOUNDED_REGRESSION", weight=1.0)
     # m of Eq. 4: a student better than the teacher by this squared error is left alone.
     node.MARGIN = 0.0
 
     # AT, attention transfer (arXiv 1612.03928), activation-based; the weight is beta / 2 of Eq. 2.
-    node = add_loss_config(cfg, "AT", weight=1.0, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "AT", weight=1.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # F: "sum" (sum_c |A_c|), "sum_pow" (sum_c |A_c|^P) or "max_pow" (max_c |A_c|^P).
     node.MAPPING = "sum_pow"
     # p of the mapping.
@@ -110,8 +143,8 @@ def add_kd_config(cfg: CN) -> None:
     # OFD, overhaul of feature distillation (arXiv 1904.01866). A position sums hundreds of channels; the published
     # weights come to 5e-3 (ImageNet) and 1e-2 (segmentation) at the deepest stage. Without res2, which Detectron2
     # freezes by default (MODEL.BACKBONE.FREEZE_AT): a frozen student stage learns nothing from a loss on it.
-    stages = ("res3", "res4", "res5")
-    node = add_loss_config(cfg, "OVERHAUL", weight=1e-3, taps=tuple(f"{stage}.pre_activation" for stage in stages))
+    taps = tuple(f"{stage}.pre_activation" for stage in ("res3", "res4", "res5"))
+    node = add_loss_config(cfg, "OVERHAUL", weight=1e-3, taps=taps, has_regions=True)
     # Margins of the ReLU: "calibrated" (negative responses to the first training images), "running" (to all images so
     # far) or "norm" (closed form from the last norm's weight and bias, refused where it does not hold).
     node.MARGIN = "calibrated"
@@ -133,19 +166,19 @@ def add_kd_config(cfg: CN) -> None:
     node.GRID = 8
 
     # Hints (FitNets, arXiv 1412.6550) at middle layers: p2 alone would cost three times as much as these together.
-    node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p3", "p4", "p5"))
+    node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p3", "p4", "p5"), has_regions=True)
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
 
     # PKD (arXiv 2207.02039): channels standardised over images and positions. Weight and levels are MMRazor's for
     # Faster R-CNN, R-101 to R-50.
-    node = add_loss_config(cfg, "PKD", weight=6.0, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "PKD", weight=6.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # Norm behind the 1x1 connectors, which are there only where the networks' channels differ; "": none.
     node.CONNECTOR_NORM = ""
 
     # CWD, channel-wise distillation (arXiv 2011.13256). Weight and levels are MMRazor's for Faster R-CNN, R-101 to
     # R-50.
-    node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5", "p6"))
+    node = add_loss_config(cfg, "CWD", weight=10.0, taps=("p2", "p3", "p4", "p5", "p6"), has_regions=True)
     # T: each channel's softmax over positions is taken at features / T.
     node.TEMPERATURE = 1.0
     # As KD.PKD.CONNECTOR_NORM.
@@ -167,7 +200,7 @@ def add_kd_config(cfg: CN) -> None:
 
     # MGD (arXiv 2205.01529); the weight is alpha, published as 5e-7 for Faster R-CNN at these levels, and as 2e-5 for
     # RetinaNet at all five, with gradients clipped at norm 35.
-    node = add_loss_config(cfg, "MGD", weight=5e-7, taps=("p2", "p3", "p4", "p5"))
+    node = add_loss_config(cfg, "MGD", weight=5e-7, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # lambda, the share of positions that are hidden: 0.45 for Faster R-CNN, 0.65 for RetinaNet.
     node.MASK_RATIO = 0.45
     # As KD.PKD.CONNECTOR_NORM.
@@ -252,7 +285,7 @@ def check_kd_config(node: CN, name: str = "KD") -> None:
     for key, value in node.items():
         if isinstance(value, CN):
             check_kd_config(value, f"{name}.{key}")
-        elif value is None and (name == "KD" or key not in ("WARMUP_ITERS", "STOP_ITER")):
+        elif value is None and (name == "KD" or key not in SCHEDULE_KEYS):
             raise ValueError(f"{name}.{key} is None, and needs a value.")
 
 

@@ -1,25 +1,43 @@
-"""Reading yaml configs: safely, with one line for what is wrong, and with the project's own modules imported first."""
+"""
+Reading configs, with one line for what is wrong: yaml files safely, and with the project's own modules imported first;
+LazyConfigs, which are Python and are run.
+"""
 
 import copy
 import filecmp
 import importlib
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
 
 from kd_det.compat import model_zoo
 from kd_det.errors import IMPORT_HINT, one_line, unknown_name
 
-__all__ = ["add_missing_keys", "find_config", "import_project", "merge_config_file", "merge_options"]
+__all__ = [
+    "add_missing_keys",
+    "check_lazy_key",
+    "find_config",
+    "import_project",
+    "merge_config_file",
+    "merge_options",
+    "read_lazy_config",
+]
 
 _PACKAGE = Path(__file__).parent
 # kd_det's own configs: beside the package in a checkout, inside it where it was installed.
 CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()), _PACKAGE / "configs")
+
+# What Detectron2 reads of a LazyConfig's plain dicts only where it is given, and the arguments of DDP and of the
+# checkpointer.
+_NEW_KEYS = ("train.seed", "train.cudnn_benchmark", "train.float32_precision", "train.ddp.", "train.checkpointer.")
 
 
 def find_config(path: str) -> str:
@@ -115,6 +133,56 @@ def add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
             cfg[key] = copy.deepcopy(value)
         elif isinstance(value, CfgNode) and isinstance(cfg[key], CfgNode):
             add_missing_keys(cfg[key], value)
+
+
+def read_lazy_config(path: str) -> DictConfig:
+    """
+    ``LazyConfig.load(path)``. The file is run.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no Python, or fails; tells how.
+    """
+    try:
+        return LazyConfig.load(path)
+    except OSError:
+        raise
+    except (ModuleNotFoundError, SyntaxError) as e:
+        raise ValueError(f"{path}: {one_line(e)}" + f" {IMPORT_HINT}" * isinstance(e, ImportError)) from e
+    except Exception as e:  # whatever a program may raise
+        raise ValueError(f"{path} fails with {type(e).__name__}: {one_line(e)}") from e
+
+
+def check_lazy_key(cfg: DictConfig, key: str, *, where: str) -> None:
+    """
+    Refuse the key of an option that nothing in a LazyConfig reads; Detectron2 adds it in silence. New keys are the
+    arguments that a node's callable takes, any in the plain dicts among its arguments, and those of ``_NEW_KEYS``.
+    ``where`` is what the ``ValueError`` calls the options; it names the nearest key.
+    """
+    if key.startswith(_NEW_KEYS):
+        return
+    node, path, is_argument = cfg, "", False
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return  # an index into a list, or no node: left to Detectron2
+        known = [str(known) for known in node.keys()]
+        target = node.get("_target_")
+        if target is not None:
+            known += _parameters(target) or [part]
+        if part not in known and (target is not None or not is_argument):
+            raise ValueError(f"{where}: {unknown_name('config key', path + part, [path + name for name in known])}")
+        node, path = OmegaConf.select(node, part), f"{path}{part}."
+        is_argument = is_argument or target is not None
+
+
+def _parameters(target) -> list[str]:
+    """The names of a callable's parameters; none where it takes any."""
+    try:
+        parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
+    except Exception:  # no such name, or a callable without a signature: instantiating it will tell
+        return []
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [] if takes_any else list(parameters)
 
 
 class _SafeReader(CfgNode):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kd_det.compat import has_event_storage
 from kd_det.config import check_kd_config
 from kd_det.features.context import StepContext
+from kd_det.features.region_branches import RegionBranch
 from kd_det.features.regions import RegionHead, RegionTaps
 from kd_det.features.taps import Taps
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
@@ -96,7 +97,8 @@ class Distiller(nn.Module):
             raise ValueError(f"The losses {list(self.losses)} need a teacher, and none was given.")
         if self.input_format is None:
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
-        needs_regions = any(loss.needs_regions for loss in losses)
+        branches = sorted({loss.branch for loss in losses if loss.branch})
+        needs_regions = bool(branches) or any(loss.needs_regions for loss in losses)
         check_teacher(teacher, self.input_format)  # before the losses look for its taps
         with preserved_random_state():  # connectors must not shift what training draws
             for loss in losses:
@@ -111,8 +113,10 @@ class Distiller(nn.Module):
             with_head=needs_regions,
             dtype=teacher_dtype,
         )
-        if needs_regions:
-            self._region_taps = RegionTaps(RegionHead(getattr(student, "roi_heads", None), side="student"))
+        if needs_regions or any(loss.needs_proposals for loss in losses):
+            roi_heads = getattr(student, "roi_heads", None)
+            branches = [RegionBranch(roi_heads, name, side="student") for name in branches]
+            self._region_taps = RegionTaps(RegionHead(roi_heads, side="student"), branches)
         # The student outlives the Distiller; the teacher must not live on in a hook of it.
         weakref.finalize(self, _remove, [*self._student_taps.handles, *self._teacher.handles])
         self._warned_of_frozen_taps = False
@@ -185,6 +189,7 @@ class Distiller(nn.Module):
             teacher=self._teacher,
             teacher_outputs=taught.outputs,
             student_head=regions.head if regions is not None else None,
+            branch_regions=regions.branch_regions() if regions is not None else {},
             sampled=regions.pop() if regions is not None else None,
         )
         if any(loss.needs_regions for loss in active):
@@ -217,7 +222,7 @@ class Distiller(nn.Module):
         scheduled = not all(loss.schedule.is_constant for loss in self.losses.values())
         if scheduled and not has_event_storage():
             raise RuntimeError(
-                "Warm-up and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
+                "Warm-up, decay and stop of distillation losses follow the iteration of Detectron2's EventStorage: "
                 "run the training step inside `with EventStorage(start_iter) as storage:` and call storage.step()."
             )
         iteration = get_event_storage().iter if scheduled else 0

@@ -8,7 +8,17 @@ from detectron2.utils.events import EventStorage
 
 from kd_det import student_cfg
 from tests.pretend_accelerator import Accelerator, place
-from tests.tiny import RCNN_LOSSES, batch, distillation_cfg, tiny_cfg, tiny_retinanet_cfg
+from tests.tiny import (
+    KEYPOINT,
+    MASK,
+    RCNN_LOSSES,
+    batch,
+    distillation_cfg,
+    tiny_cfg,
+    tiny_retinanet_cfg,
+    with_keypoints,
+    with_masks,
+)
 
 FOUNDING = ("NST", "AttentionTransfer", "Overhaul", "Similarity", "Hint", "SoftTarget")
 CASCADE = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True}
@@ -61,6 +71,13 @@ def test_what_one_loss_adds(tmp_path, name):
     assert kernels <= MOST_KERNELS + 40 * (name in ("NSTLoss", "AttentionTransferLoss", "PKDLoss")), kernels
 
 
+@pytest.mark.parametrize("regions", ["gaussian", "proposals", "foreground_background"])
+def test_what_regions_add(tmp_path, regions):
+    waits, kernels, where = added(tmp_path, ["Hint"], batch, KD__HINT__REGIONS=regions)
+    assert waits <= 2, where  # the image sizes, and the boxes
+    assert kernels <= MOST_KERNELS
+
+
 def test_what_the_founding_losses_add(tmp_path):
     waits, kernels, where = added(tmp_path, FOUNDING, batch)
     assert waits <= MOST_WAITS_OF_SIX, where
@@ -110,16 +127,24 @@ def test_images_without_padding_and_without_objects(tmp_path, inputs):
     step(build_model(distillation_cfg(tmp_path, *names)).train(), inputs(), iterations=2)
 
 
-def with_masks(inputs):
-    from detectron2.structures import BitMasks
+@pytest.mark.parametrize(
+    "name, head, inputs", [("MaskSoftTarget", MASK, with_masks), ("KeypointSoftTarget", KEYPOINT, with_keypoints)]
+)
+def test_what_a_loss_on_masks_or_keypoints_adds(tmp_path, name, head, inputs):
+    teacher = tiny_cfg(depth=50, width=8, **head)
+    opts = {"teacher": teacher, **head, "KD__TEACHER__CLASS_MAP": [[0, 2], [2, 0]]}
+    many = ((64, 96), (48, 64), (64, 64), (32, 96), (48, 48))
+    for images in (lambda: inputs(batch()), lambda: inputs(batch(many)), lambda: empty(inputs(batch()))):
+        waits, kernels, where = added(tmp_path, [name], images, **opts)
+        assert waits <= 2, where
+        assert kernels <= MOST_KERNELS
 
-    for x in inputs:
-        x["instances"].gt_masks = BitMasks(torch.ones(len(x["instances"]), *x["image"].shape[-2:], dtype=torch.bool))
-    return inputs
 
-
-MASK = {"MODEL__MASK_ON": True, "MODEL__ROI_MASK_HEAD__NUM_CONV": 1, "MODEL__ROI_MASK_HEAD__CONV_DIM": 4}
-MASK["MODEL__ROI_MASK_HEAD__NAME"] = "MaskRCNNConvUpsampleHead"
+@pytest.mark.parametrize("loss", ["SoftTarget", "DKD", "DIST", "BoundedRegression"])
+def test_shared_classes_add_no_wait(tmp_path, loss):
+    opts = {"KD__TEACHER__CLASS_MAP": [[0, 2], [2, 0]], "KD__DIST__TEMPERATURE": 2.0}
+    plain, mapped = (added(tmp_path, [loss], batch, **o)[:2] for o in ({}, opts))
+    assert mapped[0] == plain[0] and mapped[1] <= plain[1] + 25
 
 
 @pytest.mark.parametrize(

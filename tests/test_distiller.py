@@ -144,6 +144,41 @@ class TestSchedule:
         loss = NSTLoss(student_taps=["p2"], weight=4.0, warmup_iters=4, stop_iter=10)
         assert [loss.factor(i) for i in (0, 1, 2, 3, 4, 9, 10, 11)] == [1, 2, 3, 4, 4, 4, 0, 0]
 
+    @pytest.mark.parametrize(
+        "options, expected",
+        [
+            ({"decay": "linear", "decay_start": 2, "stop_iter": 6}, [4, 4, 4, 3, 2, 1, 0, 0]),
+            ({"decay": "linear", "stop_iter": 4, "warmup_iters": 2}, [2, 3, 2, 1, 0, 0, 0, 0]),
+            # 2 (1 + cos(x)) at x = 60, 90 and 120 degrees
+            ({"decay": "cosine", "decay_start": 1, "stop_iter": 7}, [4, 4, 3.732051, 3, 2, 1, 0.267949, 0]),
+        ],
+    )
+    def test_decay(self, options, expected):
+        loss = NSTLoss(student_taps=["p2"], weight=4.0, **options)
+        assert [loss.factor(i) for i in range(8)] == pytest.approx(expected, abs=1e-6)
+        assert loss.factor(options["stop_iter"]) == 0  # exactly: nothing is computed
+
+    def test_decay_ends_with_the_run(self, tmp_path):
+        opts = {"SOLVER__MAX_ITER": 10, "KD__DECAY": "linear", "KD__DECAY_START": 2, "KD__HINT__STOP_ITER": 6}
+        cfg = distillation_cfg(tmp_path, "NST", "Hint", "AttentionTransfer", KD__AT__DECAY="", **opts)
+        nst, hint, at = (loss.schedule for loss in build_model(cfg).losses.values())
+        assert [nst.factor(i) for i in (2, 6, 9, 10)] == [1, 0.5, 0.125, 0]
+        assert [hint.factor(i) for i in (2, 4, 6)] == [1, 0.5, 0]
+        assert at.is_constant
+
+    def test_a_decayed_loss_is_off_bit_for_bit(self, tmp_path):
+        decayed = distillation_cfg(tmp_path, "NST", KD__DECAY="cosine", KD__STOP_ITER=2)
+        values = []
+        for cfg in (decayed, student_cfg(decayed)):
+            torch.manual_seed(0)
+            model = build_model(cfg).train()
+            with EventStorage(2):
+                torch.manual_seed(0)
+                values.append(model(batch()))
+        distilled, plain = values
+        assert distilled.pop("loss_nst") == 0 and distilled.keys() == plain.keys()
+        assert all(torch.equal(distilled[key], plain[key]) for key in plain)
+
     def test_each_loss_has_its_own(self, tmp_path):
         cfg = distillation_cfg(
             tmp_path, "NST", "Hint", KD__STOP_ITER=4, KD__HINT__STOP_ITER=2, KD__HINT__WARMUP_ITERS=2
@@ -307,6 +342,12 @@ class TestErrors:
             ({"KD__NST__WEIGHT": -1.0}, "weight must be a finite number >= 0, found -1.0"),
             ({"KD__NST__KERNEL": "polynomial"}, "Unknown kernel 'polynomial'. Did you mean 'poly'"),
             ({"KD__STOP_ITER": -3}, "stop >= -1"),
+            ({"KD__DECAY": "cosin"}, "NSTLoss: Unknown decay 'cosin'. Did you mean 'cosine'"),
+            ({"KD__DECAY": "linear", "KD__DECAY_START": -1}, "start at a whole iteration >= 0 .* a start at -1"),
+            (
+                {"KD__DECAY": "linear", "KD__STOP_ITER": 5, "KD__NST__DECAY_START": 5},
+                "a start at 5 and a stop at 5",
+            ),
             ({"KD__TEACHER__CONFIG_FILE": ""}, "KD.TEACHER.CONFIG_FILE is empty"),
             ({"KD__STUDENT__META_ARCHITECTURE": "GeneralisedRCNN"}, "Did you mean 'GeneralizedRCNN'"),
         ],

@@ -13,9 +13,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.modeling import FPN, Backbone, ResNet
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 KD_DET = Path(__file__).parents[1] / "kd_det"
 
@@ -31,6 +33,7 @@ NAMES = {
     "_default_font_size": lambda: reads(Visualizer.draw_text, "self._default_font_size"),
     "_data_loader": lambda: reads(hooks.PreciseBN, "self._data_loader ="),
     "_data_loader_iter": lambda: reads(SimpleTrainer.run_step, "next(self._data_loader_iter)"),
+    "_decode_per_level_predictions": lambda: reads(DenseDetector, "self._decode_per_level_predictions("),
     "_eval_predictions": lambda: reads(COCOEvaluator.evaluate, "self._eval_predictions("),
     "_get_global_gloo_group": lambda: hasattr(comm._get_global_gloo_group, "cache_clear"),
     "_last_eval_results": lambda: reads(DefaultTrainer.train, "self._last_eval_results"),
@@ -45,6 +48,8 @@ NAMES = {
         not reads(DetectionCheckpointer, "matching_heuristics=")
         or reads(DetectionCheckpointer.load, "self._parsed_url_during_load = None")
     ),
+    "_post_nms_top_n": lambda: reads(RegionProposalNetwork, 'self._post_nms_top_n["testing"]'),
+    "_pre_nms_top_n": lambda: reads(RegionProposalNetwork, 'self._pre_nms_top_n["testing"]'),
     "_version": lambda: isinstance(torch.zeros(1)._version, int),
     "_trainer": lambda: reads(DefaultTrainer.run_step, "self._trainer.run_step()"),
 }

@@ -8,7 +8,7 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
 from kd_det import DISTILLATION_LOSS_REGISTRY, add_kd_config
 
@@ -17,7 +17,23 @@ NUM_CLASSES = 3
 # The losses of kd_det, without those that tests register.
 LOSSES = sorted(name for name, cls in DISTILLATION_LOSS_REGISTRY if cls.__module__.startswith("kd_det."))
 # Those of a Faster R-CNN.
-RCNN_LOSSES = [n for n in LOSSES if n not in ("GradientAttentionLoss", "DenseSoftTargetLoss", "CrossKDLoss")]
+OTHER_HEADS = ("DenseSoftTargetLoss", "CrossKDLoss", "MaskSoftTargetLoss", "KeypointSoftTargetLoss")
+RCNN_LOSSES = [n for n in LOSSES if n not in ("GradientAttentionLoss", *OTHER_HEADS)]
+
+# Heads of masks and keypoints, as options of the tiny R-CNNs.
+MASK = {
+    "MODEL__MASK_ON": True,
+    "MODEL__ROI_MASK_HEAD__NAME": "MaskRCNNConvUpsampleHead",
+    "MODEL__ROI_MASK_HEAD__NUM_CONV": 1,
+    "MODEL__ROI_MASK_HEAD__CONV_DIM": 4,
+    "MODEL__ROI_MASK_HEAD__POOLER_RESOLUTION": 4,
+}
+KEYPOINT = {
+    "MODEL__KEYPOINT_ON": True,
+    "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 5,
+    "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": [4],
+    "MODEL__ROI_KEYPOINT_HEAD__POOLER_RESOLUTION": 4,
+}
 
 
 def tiny_resnet(cfg: CfgNode) -> ResNet:
@@ -152,4 +168,27 @@ def batch(sizes=((64, 96), (48, 64)), seed: int = 0):
         instances.gt_classes = torch.randint(NUM_CLASSES, (3,), generator=generator)
         image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
+
+
+def with_masks(inputs):
+    """A mask in each box: its upper left triangle."""
+    for x in inputs:
+        height, width = x["image"].shape[-2:]
+        boxes = x["instances"].gt_boxes.tensor[:, :, None, None]
+        across = (torch.arange(width) - boxes[:, 0]) / (boxes[:, 2] - boxes[:, 0])
+        down = (torch.arange(height)[:, None] - boxes[:, 1]) / (boxes[:, 3] - boxes[:, 1])
+        x["instances"].gt_masks = BitMasks((across >= 0) & (down >= 0) & (across + down < 1))
+    return inputs
+
+
+def with_keypoints(inputs, *, seed: int = 0):
+    """Five keypoints an object, around its box; one in five is not visible."""
+    generator = torch.Generator().manual_seed(seed)
+    for x in inputs:
+        boxes = x["instances"].gt_boxes.tensor[:, None]
+        corner, extent = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
+        points = corner + extent * (1.4 * torch.rand(len(boxes), 5, 2, generator=generator) - 0.2)
+        visible = 2.0 * (torch.arange(5) > 0).expand(len(boxes), 5)[..., None]
+        x["instances"].gt_keypoints = Keypoints(torch.cat([points, visible], dim=2))
     return inputs

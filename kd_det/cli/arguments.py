@@ -53,8 +53,10 @@ def _add_config_arguments(parser: argparse.ArgumentParser, *, teacher: bool = Tr
     group.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help=text)
     parser.set_defaults(teacher=None, teacher_weights="", losses=None)
     if teacher:
-        group.add_argument("--teacher", metavar="NAME_OR_YAML", help="the teacher's config: a file or a model-zoo name")
-        group.add_argument("--teacher-weights", metavar="FILE", default="", help="default: the zoo entry's checkpoint")
+        text = "a config file (yaml or LazyConfig), a model-zoo name, torchvision://NETWORK or timm://NETWORK"
+        group.add_argument("--teacher", metavar="NAME_OR_FILE", help=text)
+        text = "default: the zoo entry's checkpoint, the library's weights, or those that the config file names"
+        group.add_argument("--teacher-weights", metavar="FILE", default="", help=text)
         text = "default: the config's; with --teacher, NST,SoftTarget if both have ROI heads, NST otherwise"
         group.add_argument("--losses", metavar="NST,...", help=text)
     return group

@@ -1,23 +1,22 @@
 """LazyConfigs (.py): read with one line for what is wrong, with ``--import``, ``--teacher`` and ``--losses``."""
 
 import argparse
-import os
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from kd_det.cli.teacher import choose_losses, name_teacher
-from kd_det.compat import model_zoo
 from kd_det.config import add_kd_config
-from kd_det.config_file import import_project, merge_options
+from kd_det.config_file import check_lazy_key, import_project, merge_options, read_lazy_config
 from kd_det.distiller import Distiller
-from kd_det.errors import IMPORT_HINT, UserError, one_line
+from kd_det.errors import UserError, one_line
 from kd_det.losses.build import build_losses
-from kd_det.teachers import build_teacher, load_teacher
+from kd_det.teachers import build_teacher, build_teacher_architecture, get_teacher_cfg
 
 __all__ = ["KEYS", "distil", "load_lazy_config", "networks", "plain_student"]
 
@@ -30,11 +29,13 @@ def load_lazy_config(args: argparse.Namespace) -> DictConfig:
     ``UserError`` for a file that is no such config, or an override that does not fit.
     """
     _kd_config(args.imports)
+    cfg = read_lazy_config(args.config_file)
     try:
-        cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    except ModuleNotFoundError as e:
-        raise UserError(f"{args.config_file}: {one_line(e)} {IMPORT_HINT}") from e
-    except (SyntaxError, HydraException, OmegaConfBaseException) as e:
+        for override in OverridesParser.create().parse_overrides(args.opts):
+            if not (override.is_add() or override.is_force_add()):  # "+KEY=VALUE", hydra's way to add one
+                check_lazy_key(cfg, override.key_or_group, where="KEY=VALUE")
+        cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    except (KeyError, HydraException, OmegaConfBaseException) as e:
         raise UserError(f"{args.config_file}: {one_line(e)}") from e
     missing = [key for key in KEYS if key not in cfg]
     if missing:
@@ -76,19 +77,10 @@ def distil(
     cfg = _kd_config(imports)
     cfg.MODEL.DEVICE = "cpu"  # the teacher follows the student
     name_teacher(cfg, teacher if isinstance(teacher, str) else "", weights=weights, losses=losses)
-    network = teacher
-    if isinstance(teacher, str):
-        network = _lazy_teacher(teacher, weights) if teacher.endswith(".py") else build_teacher(cfg)
+    network = build_teacher(cfg) if isinstance(teacher, str) else teacher
     merge_options(cfg, choose_losses(cfg, student, network), where="--teacher")
     built = build_losses(cfg, student, network)
     return Distiller(student=student, teacher=network, losses=built, input_format=input_format)
-
-
-def _lazy_teacher(name: str, weights: str) -> nn.Module:
-    is_file = os.path.isfile(name)
-    cfg = LazyConfig.load(name) if is_file else model_zoo.get_config(name)
-    weights = weights or (cfg.train.init_checkpoint if is_file else model_zoo.get_checkpoint_url(name))
-    return load_teacher(model=instantiate(cfg.model), weights=weights)
 
 
 def plain_student(model: DictConfig) -> DictConfig:
@@ -100,7 +92,12 @@ def plain_student(model: DictConfig) -> DictConfig:
 def networks(cfg: DictConfig) -> dict[str, nn.Module]:
     """The student and, of a Distiller, the teacher's architecture, without weights."""
     ret = {"student": instantiate(plain_student(cfg.model))}
-    if (teacher := _teacher(cfg)) is not None:
+    teacher = _teacher(cfg)
+    if isinstance(teacher, str):
+        teacher_cfg = _kd_config(cfg.model.imports)
+        name_teacher(teacher_cfg, teacher, weights="not read")
+        ret["teacher"] = build_teacher_architecture(get_teacher_cfg(teacher_cfg))
+    elif teacher is not None:
         ret["teacher"] = instantiate(teacher.get("model", teacher))  # load_teacher(model=..., weights=...)
     return ret
 

@@ -29,8 +29,11 @@ from kd_det.errors import UserError
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.strict import load_strictly
 
+__all__ = ["evaluate_lazy"]
 
-def _test(cfg: DictConfig, model):
+
+def evaluate_lazy(cfg: DictConfig, model):
+    """Evaluate a model by a LazyConfig's test loader and evaluators, and return the results; None without them."""
     if "evaluator" not in cfg.dataloader:
         return None
     evaluator = cfg.dataloader.evaluator
@@ -60,7 +63,7 @@ def _train(cfg: DictConfig, logger, *, resume: bool):
     trainer.register_hooks(
         [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
         + [hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)] * comm.is_main_process()
-        + [hooks.EvalHook(cfg.train.eval_period, lambda: _test(cfg, model))]
+        + [hooks.EvalHook(cfg.train.eval_period, lambda: evaluate_lazy(cfg, model))]
     )
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
@@ -81,7 +84,7 @@ def _process(args: argparse.Namespace):
     if not cfg.train.init_checkpoint:
         raise UserError("train.init_checkpoint is empty: there is nothing to evaluate")
     load_strictly(model, cfg.train.init_checkpoint, who="student")
-    return _test(cfg, model)
+    return evaluate_lazy(cfg, model)
 
 
 def _check_and_launch(args: argparse.Namespace) -> None:

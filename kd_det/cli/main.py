@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a detector with or without a teacher, or evaluate it",
     "lazy-train": "the same from a LazyConfig (.py)",
     "pretrain": "pretrain a backbone by image classification; compare configs over seeds",
+    "evaluate-teacher": "evaluate the teacher of a config by itself, as it teaches",
     "taps": "list the places of the networks that losses can read",
     "weights": "measure the losses on a few batches, and propose weights",
     "visualize": "draw what a student learned: detections, attention, selective channels, margins",
@@ -27,7 +28,7 @@ COMMANDS = {
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        commands = "\n".join(f"  {command:12}{line}" for command, line in COMMANDS.items())
+        commands = "\n".join(f"  {command:18}{line}" for command, line in COMMANDS.items())
         print(f"usage: kd-det COMMAND ...\n\nKnowledge distillation for Detectron2.\n\n{commands}\n")
         print("kd-det COMMAND --help tells more.")
         return

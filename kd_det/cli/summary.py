@@ -30,5 +30,6 @@ def _place(network: nn.Module, tap: str) -> str:
 
 def _schedule(schedule: Schedule) -> str:
     parts = [f"warm-up {schedule.warmup_iters}"] if schedule.warmup_iters else []
+    parts += [f"{schedule.decay} decay from {schedule.decay_start}"] if schedule.decay else []
     parts += [f"until {schedule.stop_iter}"] if schedule.stop_iter >= 0 else []
     return ", ".join(parts) or "constant"

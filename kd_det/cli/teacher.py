@@ -8,7 +8,9 @@ from torch import nn
 
 from kd_det.config_file import merge_options
 from kd_det.errors import UserError
+from kd_det.features.classes import match_classes
 from kd_det.losses import loss_class
+from kd_det.losses.class_loss import known_classes
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
@@ -34,7 +36,7 @@ def name_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) 
 def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=()) -> list:
     """
     What completes the config of :func:`name_teacher` where its networks are known, as KEY, VALUE, KEY, VALUE, ...: the
-    default losses, ``NST`` and, if both have ROI heads for as many classes, ``SoftTarget``; and taps on pyramid levels
+    default losses, ``NST`` and, if both have ROI heads that share classes, ``SoftTarget``; and taps on pyramid levels
     restricted to those that both backbones have, unless the user's ``opts`` hold the key.
 
     Raises:
@@ -43,12 +45,15 @@ def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=
     ret, losses = [], tuple(cfg.KD.LOSSES)
     if losses == UNDECIDED:
         classes = [getattr(getattr(network, "roi_heads", None), "num_classes", None) for network in (student, teacher)]
-        losses = ("NST", "SoftTarget") if classes[0] is not None and classes[0] == classes[1] else ("NST",)
-        if None not in classes and classes[0] != classes[1]:
-            logger.warning(
-                f"--teacher: distilled by NST alone. Soft targets compare class by class, and the student has "
-                f"{classes[0]} classes, the teacher {classes[1]}."
-            )
+        losses = ("NST",)
+        if None not in classes:
+            try:
+                match_classes(*classes, **known_classes(cfg, teacher))
+                losses = ("NST", "SoftTarget")
+            except ValueError as e:
+                if cfg.KD.TEACHER.CLASS_MAP or cfg.KD.TEACHER.CLASSES:
+                    raise
+                logger.warning(f"--teacher: distilled by NST alone. Soft targets compare class by class: {e}")
         ret += ["KD.LOSSES", str(losses)]
     shapes = [network.backbone.output_shape() for network in (student, teacher)]
     shared = [level for level in shapes[0] if level in shapes[1]]

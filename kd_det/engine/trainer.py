@@ -18,6 +18,7 @@ from kd_det.engine.loader import build_train_loader
 from kd_det.engine.resuming import RESUME_SOLVER, load_optimizer
 from kd_det.engine.step import PRECISIONS, TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
+from kd_det.engine.teacher_evaluation import EvaluateTeacher
 from kd_det.errors import UserError, one_line, unknown_name
 from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_det.weights.checkpoint import SafeCheckpointer
@@ -88,7 +89,7 @@ class Trainer(DefaultTrainer):
         scaled.defrost()
         scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
         for node in (scaled.KD, *(node for node in scaled.KD.values() if isinstance(node, CfgNode))):
-            for key in ("WARMUP_ITERS", "STOP_ITER"):
+            for key in ("WARMUP_ITERS", "STOP_ITER", "DECAY_START"):
                 if (node.get(key) or 0) > 0:  # None: that of KD; -1: never
                     node[key] = round(node[key] / scale)
         if frozen:
@@ -100,6 +101,8 @@ class Trainer(DefaultTrainer):
         before_evaluation = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
         ret.insert(before_evaluation, CheckpointHook(self.checkpointer, *periods, self._signals))
+        if self.cfg.get("KD", {}).get("TEACHER", {}).get("EVALUATE", False):
+            ret.append(EvaluateTeacher())
         # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
         loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
         self._loaders = [loader for loader in (self.data_loader, *loaders) if hasattr(loader, "start_at")]

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from kd_det.features.position_weights import pad_boxes, position_weights
+from kd_det.features.region_branches import BranchRegions, RegionBranch
 from kd_det.features.regions import RegionHead, RegionOutputs, RegionTargets, SampledRegions, to_device
 
 __all__ = ["StepContext", "normalised_images", "to_device", "valid_mask", "valid_sizes"]
@@ -75,8 +77,11 @@ class StepContext:
     teacher_outputs: Optional[Dict[str, Tensor]] = None  # of the teacher's backbone
     student_head: Optional[RegionHead] = None  # the student's box branch
     sampled: Optional[List[SampledRegions]] = None  # the student's, one entry a stage, see RegionTaps.pop
+    branch_regions: Dict[str, BranchRegions] = field(default_factory=dict)  # of its mask and keypoint heads
     _sizes: Dict[torch.device, Tensor] = field(default_factory=dict, init=False)
     _masks: Dict[Tuple, Optional[Tensor]] = field(default_factory=dict, init=False)
+    _boxes: Dict[Tuple, Tensor] = field(default_factory=dict, init=False)
+    _weights: Dict[Tuple, Tensor] = field(default_factory=dict, init=False)
     _targets: Dict[int, RegionTargets] = field(default_factory=dict, init=False)
     _pairs: Optional[List[Tuple[RegionOutputs, RegionOutputs]]] = field(default=None, init=False)
 
@@ -94,21 +99,66 @@ class StepContext:
             self._masks[size, device] = None if whole else valid_mask(self._sizes[device], self.canvas, size)
         return self._masks[size, device]
 
+    def position_weights(self, features: Tensor, regions: str, foreground_share: float) -> Tensor:
+        """
+        How much each position of a map counts, float (N, 1, H, W), see
+        :func:`kd_det.features.position_weights.position_weights`: by the ground truth's boxes or, for "proposals", the
+        regions that the student sampled, in a cascade those of its first stage. Boxes are copied to the device once a
+        step, and maps of one size share their weights.
+        """
+        size, device = tuple(features.shape[-2:]), features.device
+        of_student, key = regions == "proposals", (regions, foreground_share, size, device)
+        if key not in self._weights:
+            if (of_student, device) not in self._boxes:
+                if of_student and self.sampled is None:
+                    raise RuntimeError("proposals were not recorded: the loss must declare needs_proposals = True")
+                boxes = self.sampled[0].boxes if of_student else [x.gt_boxes for x in self.ground_truth()]
+                self._boxes[of_student, device] = pad_boxes([b.tensor for b in boxes], device)
+            self._weights[key] = position_weights(
+                regions,
+                self._boxes[of_student, device],
+                self.canvas,
+                size,
+                valid=self.valid(features),
+                foreground_share=foreground_share,
+            )
+        return self._weights[key]
+
     def region_pairs(self) -> List[Tuple[RegionOutputs, RegionOutputs]]:
         """
         For each stage of the student's box head (one, unless a cascade): what the student predicts for its sampled
         regions, with its graph, and what the teacher predicts for the same regions. The teacher runs once a step.
+
+        Of a cascade, the teacher's stages are the student's, but for the student's last one: its teacher is the last
+        stage, the strongest, and so it is for a student of one stage. It sees the student's regions as they are, not as
+        its own earlier stages would refine them.
         """
         if self.sampled is None:
             raise RuntimeError("regions were not recorded: the loss must declare needs_regions = True")
         if self._pairs is None:
             with torch.no_grad():
                 taught = [
-                    self.teacher.head(self.teacher_outputs, regions.boxes, stage)
+                    self.teacher.head(self.teacher_outputs, regions.boxes, self._teacher_stage(stage))
                     for stage, regions in enumerate(self.sampled)
                 ]
             self._pairs = [(regions.outputs, theirs) for regions, theirs in zip(self.sampled, taught)]
         return self._pairs
+
+    def _teacher_stage(self, stage: int) -> int:
+        last = self.teacher.head.num_stages - 1
+        return last if stage == len(self.sampled) - 1 else min(stage, last)
+
+    def branch_pair(self, name: str) -> Tuple[BranchRegions, Tensor]:
+        """
+        The regions that the student's "mask" or "keypoint" head was trained on in this step, with what it predicted,
+        and what the teacher's head predicts for them, pooled from its own features: (R, C, S, S).
+        """
+        if name not in self.branch_regions:
+            raise RuntimeError(f"the {name} head was not recorded: the loss must declare branch = {name!r}")
+        regions = self.branch_regions[name]
+        with torch.no_grad():
+            branch = RegionBranch(self.teacher.model.roi_heads, name, side="teacher")
+            return regions, branch(self.teacher_outputs, regions.boxes)
 
     def first_regions(self, stage: int, most: int) -> Tensor:
         """Which of the regions in ``region_pairs()[stage]`` are among the first ``most`` of their image: an index."""
@@ -120,7 +170,7 @@ class StepContext:
 
     def ground_truth(self) -> List[Instances]:
         """Each image's ground truth, on the device of the batch; a ``ValueError`` if it has none."""
-        if not self.batched_inputs or "instances" not in self.batched_inputs[0]:
+        if not self.batched_inputs or not all("instances" in x for x in self.batched_inputs):
             raise ValueError("This loss needs ground truth: the batch has no 'instances'.")
         return [x["instances"] for x in self.batched_inputs]
 
@@ -132,5 +182,6 @@ class StepContext:
 
     def teacher_units(self, stage: int) -> List[float]:
         """Four factors from the teacher's units of box regression (BBOX_REG_WEIGHTS) to the student's."""
-        student, teacher = self.student_head.delta_weights(stage), self.teacher.head.delta_weights(stage)
+        student = self.student_head.delta_weights(stage)
+        teacher = self.teacher.head.delta_weights(self._teacher_stage(stage))
         return [s / t for s, t in zip(student, teacher)]

@@ -65,7 +65,7 @@ def _read(
 
 
 def check_same_anchors(student: DenseHead, teacher: DenseHead) -> None:
-    """Raise a ``ValueError`` unless two heads predict the same kind of numbers for the same classes and anchors."""
+    """Raise a ``ValueError`` unless two heads predict the same kind of numbers for the same anchors."""
     found = [
         f"{type(head.module).__name__} that predicts {', '.join(tap.rpartition('.')[2] for tap in head.taps)}, with "
         f"{_describe(head.transform)}"
@@ -73,8 +73,6 @@ def check_same_anchors(student: DenseHead, teacher: DenseHead) -> None:
     ]
     if student.taps != teacher.taps or _describe(student.transform) != _describe(teacher.transform):
         raise ValueError(f"the student's head is a {found[0]}, the teacher's a {found[1]}.")
-    if student.num_classes != teacher.num_classes:
-        raise ValueError(f"the student has {student.num_classes} classes and the teacher {teacher.num_classes}.")
     if len(student.strides) != len(teacher.strides):
         raise ValueError(f"the student has {len(student.strides)} levels and the teacher {len(teacher.strides)}.")
     for level, (own, theirs) in enumerate(zip(student.anchors, teacher.anchors)):

@@ -7,7 +7,7 @@ Shapes: N images; R sampled regions of all images together; K classes, backgroun
 import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,15 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, Standar
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
-__all__ = ["RegionHead", "RegionOutputs", "RegionTaps", "RegionTargets", "SampledRegions", "to_device"]
+__all__ = [
+    "RegionHead",
+    "RegionOutputs",
+    "RegionTaps",
+    "RegionTargets",
+    "SampledRegions",
+    "pool_regions",
+    "to_device",
+]
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -157,7 +165,7 @@ class RegionHead:
         """
         stage = min(stage, self.num_stages - 1)
         maps = [features[name] for name in self._in_features]
-        pooled = _pool(self.pooler, maps, boxes) if type(self.pooler) is ROIPooler else self.pooler(maps, boxes)
+        pooled = pool_regions(self.pooler, maps, boxes)
         hidden = self._heads[stage](pooled)
         if isinstance(self.roi_heads, Res5ROIHeads):
             hidden = hidden.mean(dim=[2, 3])
@@ -165,8 +173,10 @@ class RegionHead:
         return RegionOutputs(pooled, logits, deltas)
 
 
-def _pool(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
+def pool_regions(pooler: nn.Module, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
     """What the pooler computes, (R, C, P, P); the host waits for the device once, ``ROIPooler`` at every level."""
+    if type(pooler) is not ROIPooler:
+        return pooler(maps, boxes)
     regions = torch.cat([F.pad(b.tensor, (1, 0), value=image) for image, b in enumerate(boxes)])
     if len(maps) == 1:
         return pooler.level_poolers[0](maps[0], regions)
@@ -183,14 +193,17 @@ def _pool(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
 class RegionTaps:
     """Records the regions that a student samples and what it predicts for them, in the forward of its own losses."""
 
-    def __init__(self, head: RegionHead):
+    def __init__(self, head: RegionHead, branches: Sequence = ()):
+        """``branches``: those of the student that are recorded too (kd_det.features.region_branches.RegionBranch)."""
         self.head = head
+        self.branches = branches
         self._clear()
 
     def _clear(self):
         self._pooled: List[Tuple[List[Boxes], Tensor]] = []
         self._predictions: List[Tuple[Tensor, Tensor]] = []
         self._proposals: Optional[List[Instances]] = None
+        self._branch_regions: Dict[str, list] = {branch.name: [] for branch in self.branches}
 
     @contextlib.contextmanager
     def recording(self):
@@ -208,7 +221,10 @@ class RegionTaps:
             *(p.register_forward_hook(lambda _, args, out: self._predictions.append(out)) for p in head.predictors),
         ]
         try:
-            yield self
+            with contextlib.ExitStack() as stack:
+                for branch in self.branches:
+                    stack.enter_context(branch.recording(self._branch_regions[branch.name].append))
+                yield self
         except BaseException:
             self._clear()
             raise
@@ -217,7 +233,7 @@ class RegionTaps:
                 handle.remove()
 
     def pop(self) -> List[SampledRegions]:
-        """Each stage's regions. Reading empties."""
+        """Each stage's regions. Reading empties; the branches' are read before."""
         stages = [
             SampledRegions(boxes, RegionOutputs(features, *predictions))
             for (boxes, features), predictions in zip(self._pooled, self._predictions)
@@ -231,3 +247,12 @@ class RegionTaps:
                 f"found {len(stages)}"
             )
         return stages
+
+    def branch_regions(self) -> Dict[str, Any]:
+        """The regions of each branch, by name."""
+        for name, calls in self._branch_regions.items():
+            if len(calls) != 1:
+                raise RuntimeError(
+                    f"expected the student's {name} head to run once in a training step, found {len(calls)} times"
+                )
+        return {name: calls[0] for name, calls in self._branch_regions.items()}

@@ -28,6 +28,7 @@ from kd_det.losses.mgd import MGDLoss, mgd_loss
 from kd_det.losses.nst import NSTLoss, nst_loss
 from kd_det.losses.overhaul import OverhaulLoss, overhaul_loss, partial_l2_loss
 from kd_det.losses.pkd import PKDLoss, pkd_loss
+from kd_det.losses.region_branches import KeypointSoftTargetLoss, MaskSoftTargetLoss, keypoint_soft_target_loss
 from kd_det.losses.review import ReviewKDLoss, hierarchical_context_loss
 from kd_det.losses.similarity import SimilarityLoss, similarity_preserving_loss
 from kd_det.losses.soft_target import SoftTargetLoss, soft_target_loss
@@ -45,7 +46,9 @@ __all__ = [
     "FGDLoss",
     "FSPLoss",
     "HintLoss",
+    "KeypointSoftTargetLoss",
     "MGDLoss",
+    "MaskSoftTargetLoss",
     "NSTLoss",
     "OverhaulLoss",
     "PKDLoss",
@@ -71,6 +74,7 @@ __all__ = [
     "gradient_attention_loss",
     "hierarchical_context_loss",
     "hint_loss",
+    "keypoint_soft_target_loss",
     "loss_class",
     "margin_from_norm",
     "margin_relu",

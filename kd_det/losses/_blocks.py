@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from kd_det.losses._spatial import full_precision
+from kd_det.losses._spatial import Maps, full_precision
 
-__all__ = ["SquaredResidual", "blocks", "squared_error", "weighted_sum"]
+__all__ = ["SquaredResidual", "blocks", "squared_error", "squared_residuals"]
 
 # About 2 MB of float32, so that a block, its source and its scratch stay in a CPU's cache.
 _BLOCK_ELEMENTS = 9 * 2**16
@@ -93,14 +93,17 @@ def _block(residual: Residual, student: Tensor, teacher, invalid, cut, out: Tens
     return r if invalid is None else r.masked_fill_(invalid[images], 0)
 
 
-def squared_error(student: Tensor, teacher: Tensor, weights: Tensor, invalid: Optional[Tensor]) -> Tensor:
-    """``sum_n weights[n] * |student[n] - teacher[n]|^2`` for (N, C, H, W) maps, 0 at the invalid positions."""
-    return weighted_sum(SquaredResidual.apply(student, teacher, _difference, invalid), weights)
+def squared_error(maps: Maps, factors: Tensor) -> Tensor:
+    """``sum_n factors[n] * |student[n] - teacher[n]|^2`` over the valid positions, each with its weight."""
+    return squared_residuals(maps, _difference, factors)
 
 
-def weighted_sum(squares: Tensor, weights: Tensor) -> Tensor:
-    """``sum_n weights[n] * squares[n]`` for (N, H, W) and (N,)."""
-    return squares.flatten(1).sum(1).dot(weights)
+def squared_residuals(maps: Maps, residual: Residual, factors: Tensor) -> Tensor:
+    """:func:`squared_error` with another residual than the difference."""
+    squares = SquaredResidual.apply(maps.student, maps.teacher, residual, maps.invalid)
+    if maps.weights is not None:
+        squares = squares * maps.weights[:, 0]
+    return squares.flatten(1).sum(1).dot(factors)
 
 
 def _difference(student: Tensor, teacher: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Maps(NamedTuple):
     teacher: Tensor
     valid: Optional[Tensor]
     invalid: Optional[Tensor]
+    weights: Optional[Tensor] = None  # (N, 1, H, W), 0 at invalid positions; of each image, the others' mean is 1
 
     @property
     def empty(self) -> bool:
@@ -82,7 +83,12 @@ def to_float(name: str, student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tenso
 
 
 def match_maps(
-    name: str, student: Tensor, teacher: Tensor, valid: Optional[Tensor] = None, same_channels: bool = False
+    name: str,
+    student: Tensor,
+    teacher: Tensor,
+    valid: Optional[Tensor] = None,
+    same_channels: bool = False,
+    weights: Optional[Tensor] = None,
 ) -> Maps:
     """
     Checks two feature maps, and converts them to one float type and, by :func:`pool_to`, to one spatial size.
@@ -94,6 +100,9 @@ def match_maps(
         valid: None or bool (N, 1, H, W) at the size of either map. At the working size, a position is valid if any
             valid position falls on it.
         same_channels: whether Cs must equal Ct.
+        weights: None or float (N, 1, H, W) at the size of either map, not negative: how much each position counts
+            beside the others of its image. They are scaled to a mean of 1 over the image's valid positions, so that
+            equal weights change nothing, and an image with weights of 0 only does not count at all.
 
     Raises:
         ValueError: shapes, types or devices that do not fit together; names what was found and expected.
@@ -113,22 +122,32 @@ def match_maps(
             f"put a connector on the student."
         )
     sizes = (tuple(student.shape[2:]), tuple(teacher.shape[2:]))
-    if valid is not None:
-        expected = [(student.shape[0], 1, *size) for size in dict.fromkeys(sizes)]
-        if not isinstance(valid, Tensor) or valid.dtype != torch.bool or tuple(valid.shape) not in expected:
-            found = f"{valid.dtype} {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
-            raise ValueError(
-                f"{name}: valid must be a bool mask of shape {' or '.join(map(str, expected))}, found {found}."
-            )
-        valid = valid.to(student.device)
+    expected = [(student.shape[0], 1, *size) for size in dict.fromkeys(sizes)]
+    for what, x, fits in (
+        ("valid must be a bool mask", valid, lambda x: x.dtype == torch.bool),
+        ("weights must be a float map", weights, Tensor.is_floating_point),
+    ):
+        if x is not None and not (isinstance(x, Tensor) and fits(x) and tuple(x.shape) in expected):
+            found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: {what} of shape {' or '.join(map(str, expected))}, found {found}.")
+    valid = valid if valid is None else valid.to(student.device)
     if student.numel() == 0 or teacher.numel() == 0:
         return Maps(student, teacher, valid, None)
     size = tuple(map(min, *sizes))
     student, teacher = pool_to(student, size, valid), pool_to(teacher, size, valid)
-    if valid is None:
-        return Maps(student, teacher, None, None)
-    valid = _resize(valid, size)
-    return Maps(student, teacher, valid, ~valid)
+    if weights is not None:
+        weights = pool_to(weights.detach().to(student), size, valid)
+    if valid is not None:
+        valid = _resize(valid, size)
+    maps = Maps(student, teacher, valid, None if valid is None else ~valid)
+    return maps if weights is None else Maps(*maps[:4], _with_mean_1(weights, maps))
+
+
+def _with_mean_1(weights: Tensor, maps: Maps) -> Tensor:
+    if maps.invalid is not None:
+        weights = weights.masked_fill(maps.invalid, 0)
+    mean = weights.sum((2, 3), keepdim=True) / maps.positions()[:, None, None, None]
+    return weights / mean.masked_fill_(mean == 0, torch.inf)
 
 
 def pool_to(x: Tensor, size: Tuple[int, int], valid: Optional[Tensor] = None) -> Tensor:
@@ -174,29 +193,29 @@ def peak(x: Tensor, dims) -> Tensor:
     return largest.clamp_(min=torch.finfo(x.dtype).tiny)
 
 
-def within_range(function: Callable, magnitudes: Callable, dims, x: Tensor) -> Tuple:
+def within_range(function: Callable, magnitudes: Callable, dims, *maps: Tensor) -> Tuple:
     """
-    Keeps powers and products of a map in the range of its type, for losses that do not depend on the map's scale.
+    Keeps powers and products of maps in the range of their type, for losses that do not depend on the maps' scales.
 
     On a CPU, checking the result is cheap and dividing a whole map is not. On an accelerator the check would make the
-    host wait for the device, so the map is always divided.
+    host wait for the device, so the maps are always divided.
 
     Args:
         function: computes the powers or products.
         magnitudes: from what ``function`` returns to the numbers that must neither over- nor underflow.
         dims: what a scale is common to, such as the positions of a channel.
-        x: the map.
+        maps: the maps, each with scales of its own.
 
     Returns:
-        ``function(x)`` and None, or ``function(x / peak(x, dims))`` and that peak.
+        ``function(*maps)`` and None, or that of the maps divided by their :func:`peak`, and the first map's peak.
     """
-    if x.device.type == "cpu":
-        out = function(x)
+    if maps[0].device.type == "cpu":
+        out = function(*maps)
         found = magnitudes(out).detach()
         if ((found > 1e-15) & (found < 1e15)).all():
             return out, None
-    largest = peak(x, dims)
-    return function(x / largest), largest
+    peaks = [peak(x, dims) for x in maps]
+    return function(*(x / largest for x, largest in zip(maps, peaks))), peaks[0]
 
 
 def zero_loss(student: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from kd_det.losses._blocks import SquaredResidual
-from kd_det.losses._spatial import full_precision, match_maps, to_float, within_range, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss
+from kd_det.losses._spatial import Maps, full_precision, match_maps, to_float, within_range, zero_loss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
+from kd_det.losses.regions import RegionsLoss
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer_loss", "gradient_attention_loss"]
 
@@ -55,6 +56,7 @@ def attention_transfer_loss(
     p: float = 2,
     reduction: str = "image",
     valid: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
 ) -> Tensor:
     """
     ``| Q_S / |Q_S|_2 - Q_T / |Q_T|_2 |_2^2`` between flattened attention maps Q, see :func:`attention_map`; at most 4.
@@ -69,6 +71,8 @@ def attention_transfer_loss(
         mapping, p: see :func:`attention_map`.
         reduction: "image": summed over positions, averaged over images; "element": averaged over both.
         valid: bool (N, 1, H, W) at either size: the positions that hold image.
+        weights: float (N, 1, H, W) at either size, scaled to a mean of 1 in each image: sums over positions, those of
+            the norms too, are weighted.
 
     Returns:
         A scalar; 0 for an empty batch. A map that is all zeros counts as the zero vector, with zero gradient.
@@ -80,10 +84,10 @@ def attention_transfer_loss(
     p = _power(name, mapping, p)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: unknown reduction {reduction!r}. Valid names: {', '.join(_REDUCTIONS)}.")
-    maps = match_maps(name, student, teacher, valid)
+    maps = match_maps(name, student, teacher, valid, weights=weights)
     if maps.empty:
         return zero_loss(maps.student)
-    student, teacher = (_unit_attention(x, mapping, p, maps.invalid) for x in (maps.student, maps.teacher))
+    student, teacher = (_unit_attention(x, mapping, p, maps) for x in (maps.student, maps.teacher))
     if reduction == "image":
         return F.mse_loss(student, teacher, reduction="sum") / len(student)
     return ((student - teacher).square().sum(1) / maps.positions()).mean()
@@ -130,20 +134,24 @@ def _attention(x: Tensor, mapping: str, p: float) -> Tensor:
         return x.abs().amax(1).pow(p)
     if p == 2:
         return SquaredResidual.apply(x, None, lambda student, *_: student, None)
+    if p == 1:
+        return torch.linalg.vector_norm(x, 1, 1)  # writes no map of magnitudes
     return x.abs().pow(p).sum(1)
 
 
-def _unit_attention(x: Tensor, mapping: str, p: float, invalid: Optional[Tensor]) -> Tensor:
-    """(N, H W): the attention map divided by its norm; zeros for an image without any."""
-    if invalid is not None:
-        x = x.masked_fill(invalid, 0)
+def _unit_attention(x: Tensor, mapping: str, p: float, maps: Maps) -> Tensor:
+    """(N, H W): the attention map, times the roots of the weights, divided by its norm; zeros for one without any."""
+    if maps.invalid is not None:
+        x = x.masked_fill(maps.invalid, 0)
     q, _ = within_range(lambda x: _attention(x, mapping, p).flatten(1), lambda q: q.amax(1), (1, 2, 3), x)
+    if maps.weights is not None:
+        q = q * maps.weights.sqrt().flatten(1)
     # Nothing beside a live image's norm; of a dead one, the quotient and its gradient are 0.
     return q / (torch.linalg.vector_norm(q, dim=1, keepdim=True) + 1e-30)
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class AttentionTransferLoss(DistillationLoss):
+class AttentionTransferLoss(RegionsLoss):
     """:func:`attention_transfer_loss` summed over the pairs of taps. Attention has no channels: no connector."""
 
     name = "at"
@@ -153,7 +161,7 @@ class AttentionTransferLoss(DistillationLoss):
         """
         Args:
             mapping, p, reduction: see :func:`attention_transfer_loss`.
-            kwargs: see :class:`DistillationLoss`.
+            kwargs: see :class:`RegionsLoss`.
         """
         super().__init__(**kwargs)
         self.options = {"mapping": mapping, "p": p, "reduction": reduction}
@@ -167,6 +175,6 @@ class AttentionTransferLoss(DistillationLoss):
 
     def forward(self, student, teacher, context):
         return sum(
-            attention_transfer_loss(s, t, valid=valid, **self.options)
+            attention_transfer_loss(s, t, valid=valid, weights=self.weights_at(s, context), **self.options)
             for s, t, valid in self.pairs(student, teacher, context)
         )

@@ -9,7 +9,8 @@ from torch import Tensor
 from kd_det.features.regions import RegionHead
 from kd_det.losses._ranks import share_of_samples
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.class_loss import ClassLoss
 
 __all__ = ["BoundedRegressionLoss", "bounded_regression_loss"]
 
@@ -62,15 +63,15 @@ def bounded_regression_loss(
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class BoundedRegressionLoss(DistillationLoss):
+class BoundedRegressionLoss(ClassLoss):
     """
     :func:`bounded_regression_loss` on the foreground regions that the student samples, labelled by the student's own
-    matcher, in the student's units of box regression; averaged over the regions of all processes. Reads no taps.
+    matcher, in the student's units of box regression; averaged over the regions of all processes. Regions of a class
+    that the teacher does not know are left out, unless both networks regress boxes whatever their class. Reads no taps.
     """
 
     name = "bounded_regression"
     needs_regions = True
-    compares_classes = True
 
     @configurable
     def __init__(self, *, margin: float = 0.0, **kwargs):
@@ -94,25 +95,23 @@ class BoundedRegressionLoss(DistillationLoss):
             RegionHead(getattr(network, "roi_heads", None), side=side)
             for network, side in ((student, "student"), (teacher, "teacher"))
         ]
-        counts = [head.num_classes for head in heads]
-        if counts[0] != counts[1] and not all(head.is_class_agnostic for head in heads):
-            raise ValueError(
-                f"Bounded regression compares the boxes of a class: the student has {counts[0]} classes and the "
-                f"teacher {counts[1]}. Make MODEL.ROI_HEADS.NUM_CLASSES equal, or drop it from KD.LOSSES."
-            )
+        if not all(head.is_class_agnostic for head in heads):
+            self.match(*(head.num_classes for head in heads))
 
     def forward(self, student, teacher, context):
         pairs = context.region_pairs()
         total = 0.0
         for stage, (s, t) in enumerate(pairs):
-            targets = context.region_targets(stage)
-            units = zip(targets.of_class(t.deltas).unbind(1), context.teacher_units(stage))
+            targets = theirs = context.region_targets(stage)
+            if self.classes is not None:
+                theirs = self.classes.targets_of_teacher(targets)
+            units = zip(theirs.of_class(t.deltas).unbind(1), context.teacher_units(stage))
             mean = bounded_regression_loss(
                 targets.of_class(s.deltas),
                 torch.stack([deltas * unit for deltas, unit in units], dim=1),
                 targets.deltas,
                 margin=self.margin,
-                foreground=targets.foreground,
+                foreground=theirs.foreground,
             )
-            total = total + share_of_samples(targets.foreground.sum(), s.deltas.device) * mean
+            total = total + share_of_samples(theirs.foreground.sum(), s.deltas.device) * mean
         return total / len(pairs)

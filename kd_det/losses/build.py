@@ -5,6 +5,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from kd_det.config import SCHEDULE_KEYS
 from kd_det.errors import IMPORT_HINT, unknown_name
 from kd_det.features.taps import tap_shape
 from kd_det.losses.schedule import Schedule
@@ -35,12 +36,17 @@ class DistillationLoss(nn.Module):
         name: the loss is logged as ``loss_<name>`` and configured by ``KD.<NAME>``.
         needs_taps: whether it compares maps at taps, and so needs at least one. A loss on regions needs none.
         needs_regions: whether it reads ``context.region_pairs()``; both networks must then have ROI heads.
+        needs_proposals: whether it reads the student's sampled regions alone, ``context.sampled``; the student must
+            then have ROI heads.
+        branch: "mask" or "keypoint" if it reads ``context.branch_pair(branch)``; both networks must then have the head.
         compares_classes: whether it compares class by class; both networks must then have the same classes.
     """
 
     name: str
     needs_taps = True
     needs_regions = False
+    needs_proposals = False
+    branch: Optional[str] = None
     compares_classes = False
 
     def __init__(
@@ -51,16 +57,18 @@ class DistillationLoss(nn.Module):
         weight: float = 1.0,
         warmup_iters: int = 0,
         stop_iter: int = -1,
+        decay: str = "",
+        decay_start: int = 0,
     ):
         """
         Args:
             student_taps: places read in the student.
             teacher_taps: places read in the teacher, paired in order. None or empty: the student's names.
             weight: the factor of this loss in the total, not negative.
-            warmup_iters, stop_iter: see :class:`kd_det.losses.schedule.Schedule`.
+            warmup_iters, stop_iter, decay, decay_start: see :class:`kd_det.losses.schedule.Schedule`.
 
         Raises:
-            ValueError: numbers of taps that differ, or a weight or iteration out of range.
+            ValueError: numbers of taps that differ, or a weight or iteration out of range, or an unknown decay.
         """
         super().__init__()
         self.student_taps = tuple(student_taps)
@@ -78,7 +86,7 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"{type(self).__name__}: weight must be a finite number >= 0, found {weight}.")
         self.weight = weight
         try:
-            self.schedule = Schedule(warmup_iters, stop_iter)
+            self.schedule = Schedule(warmup_iters, stop_iter, decay, decay_start)
         except ValueError as e:
             raise ValueError(f"{type(self).__name__}: {e}") from None
 
@@ -86,12 +94,14 @@ class DistillationLoss(nn.Module):
     def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> Dict:
         """The arguments that every loss has, from ``KD.<NAME>``. Subclasses add theirs."""
         node = cfg.KD[cls.name.upper()]
+        schedule = {key.lower(): cfg.KD[key] if node[key] is None else node[key] for key in SCHEDULE_KEYS}
+        if schedule["decay"] and schedule["stop_iter"] == -1:
+            schedule["stop_iter"] = cfg.SOLVER.MAX_ITER
         return {
             "student_taps": node.STUDENT_TAPS,
             "teacher_taps": node.TEACHER_TAPS,
             "weight": node.WEIGHT,
-            "warmup_iters": cfg.KD.WARMUP_ITERS if node.WARMUP_ITERS is None else node.WARMUP_ITERS,
-            "stop_iter": cfg.KD.STOP_ITER if node.STOP_ITER is None else node.STOP_ITER,
+            **schedule,
         }
 
     @property
@@ -110,7 +120,7 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: the loss needs taps and has none, or taps on regions.
         """
-        if self.needs_taps and not self.needs_regions and not self.student_taps:
+        if self.needs_taps and not self.needs_regions and not self.branch and not self.student_taps:
             raise ValueError(
                 f"{type(self).__name__} compares maps and has no taps: name at least one place in "
                 f"KD.{self.name.upper()}.STUDENT_TAPS, such as 'p3'."

@@ -2,19 +2,28 @@
 
 from typing import Optional
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
-from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
 from kd_det.losses.connected import ConnectedLoss
+from kd_det.losses.regions import RegionsLoss
 
 __all__ = ["CWDLoss", "cwd_loss"]
 
 
 @full_precision
-def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, valid: Optional[Tensor] = None) -> Tensor:
+def cwd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    valid: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
+) -> Tensor:
     """
     ``T^2 KL(t || s)`` between the softmax of each channel over positions (equations 3 and 4), averaged over channels
     and images.
@@ -24,6 +33,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, vali
         teacher: (N, C, Ht, Wt); is detached. The larger map is average-pooled to the smaller.
         temperature: T > 0.
         valid: bool (N, 1, H, W) at either size: the positions that hold image, over which the softmax goes.
+        weights: float (N, 1, H, W) at either size: the softmax is proportional to ``weights exp(features / T)``, as if
+            a position stood there so many times.
 
     Returns:
         A scalar; 0 for an empty batch.
@@ -33,25 +44,29 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, vali
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"cwd_loss: the temperature must be a positive number, found {temperature}.")
-    maps = match_maps("cwd_loss", student, teacher, valid, same_channels=True)
+    maps = match_maps("cwd_loss", student, teacher, valid, same_channels=True, weights=weights)
     if maps.empty:
         return zero_loss(maps.student)
-    log_s, log_t = (_log_softmax(x / temperature, maps.invalid) for x in (maps.student, maps.teacher))
+    log_s, log_t = (_log_softmax(x, temperature, maps) for x in (maps.student, maps.teacher))
     divergence = log_t.exp() * (log_t - log_s)
     if maps.invalid is not None:
         divergence = divergence.masked_fill(maps.invalid.flatten(2), 0)
     return temperature * temperature * divergence.sum(2).mean()
 
 
-def _log_softmax(x: Tensor, invalid: Optional[Tensor]) -> Tensor:
-    if invalid is not None:
-        # The lowest number rather than -inf, whose differences are NaN.
-        x = x.masked_fill(invalid, -1e30)
+def _log_softmax(x: Tensor, temperature: float, maps: Maps) -> Tensor:
+    # The lowest number rather than -inf, whose differences are NaN.
+    if maps.weights is None:
+        x = x / temperature
+    else:
+        x = torch.add(maps.weights.log().clamp(min=-1e30), x, alpha=1 / temperature)
+    if maps.invalid is not None:
+        x = x.masked_fill(maps.invalid, -1e30)
     return F.log_softmax(x.flatten(2), dim=2)
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class CWDLoss(ConnectedLoss):
+class CWDLoss(RegionsLoss, ConnectedLoss):
     """:func:`cwd_loss` summed over the pairs of taps, behind a connector where the channels differ."""
 
     name = "cwd"
@@ -73,4 +88,7 @@ class CWDLoss(ConnectedLoss):
 
     def forward(self, student, teacher, context):
         pairs = self.connected_pairs(student, teacher, context)
-        return sum(cwd_loss(s, t, temperature=self.temperature, valid=valid) for s, t, valid in pairs)
+        return sum(
+            cwd_loss(s, t, temperature=self.temperature, valid=valid, weights=self.weights_at(s, context))
+            for s, t, valid in pairs
+        )

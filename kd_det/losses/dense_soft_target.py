@@ -12,7 +12,8 @@ from kd_det.features.dense_heads import check_same_anchors, dense_head, per_anch
 from kd_det.losses._gradients import with_gradient
 from kd_det.losses._ranks import share_of_samples
 from kd_det.losses._spatial import full_precision, to_float, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, DistillationLoss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
+from kd_det.losses.class_loss import ClassLoss
 
 __all__ = [
     "DenseHeadLoss",
@@ -154,14 +155,13 @@ def _giou(a: Tensor, b: Tensor) -> Tensor:
     return (inner + 1e-6) / (union + 1e-6) - (outer - union) / (outer + 1e-6)
 
 
-class DenseHeadLoss(DistillationLoss):
+class DenseHeadLoss(ClassLoss):
     """
     Base of losses on the predictions of two dense heads for the same anchors, weighted by the teacher's confidence. It
     chooses its taps itself.
     """
 
     needs_taps = False
-    compares_classes = True
     find_head = staticmethod(dense_head)
 
     def __init__(self, *, confidence_power: float = 2.0, box_weight: float = 1.0, **kwargs):
@@ -187,6 +187,8 @@ class DenseHeadLoss(DistillationLoss):
             check_same_anchors(own, theirs)
         except ValueError as e:
             raise ValueError(f"{type(self).__name__} compares two heads at the same anchors: {e}") from None
+        if self.compares_classes:
+            self.match(own.num_classes, theirs.num_classes)
         self.student_taps = self.teacher_taps = own.taps
         self.num_anchors, self.transform = own.num_anchors, own.transform
 
@@ -205,8 +207,8 @@ class DenseSoftTargetLoss(DenseHeadLoss):
     """
     What the heads of two RetinaNets or two FCOS predict: :func:`dense_class_loss`, plus
     ``box_weight`` times :func:`dense_box_loss`, plus in FCOS the divergence of the centerness (T = 1). Every anchor
-    that holds image counts by the teacher's confidence in it, see :func:`confidence_weights`, on all ranks together:
-    the value depends neither on the size of the images nor on the number of objects.
+    that holds image counts by the teacher's confidence in it, see :func:`confidence_weights`, in a class that both
+    know, on all ranks together: the value depends neither on the size of the images nor on the number of objects.
     """
 
     name = "dense_soft_target"
@@ -235,6 +237,8 @@ class DenseSoftTargetLoss(DenseHeadLoss):
     def forward(self, student, teacher, context):
         own, theirs = (self.by_anchor(maps, len(self.student_taps)) for maps in (student, teacher))
         valid = valid_anchors(student[: len(student) // len(own)], self.num_anchors, context)
+        if self.classes is not None:
+            own[0], theirs[0] = self.classes.logits(own[0], theirs[0], background=False)
         centerness = theirs[2] if len(theirs) > 2 else None
         weights = confidence_weights(theirs[0], power=self.confidence_power, centerness=centerness, valid=valid)
         loss = dense_class_loss(own[0], theirs[0], weights, temperature=self.temperature)

@@ -1,6 +1,6 @@
 """DKD, decoupled knowledge distillation: arXiv 2203.08679."""
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ def dkd_loss(
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
+    valid: Optional[Tensor] = None,
 ) -> Tensor:
     """
     ``T^2 (alpha TCKD + beta NCKD)``, averaged over samples (equation 7): TCKD is the divergence of (label, any other
@@ -40,9 +41,10 @@ def dkd_loss(
             assertion of the device on a GPU.
         alpha, beta: weights of the two parts.
         temperature: T > 0.
+        valid: bool (N,), the samples that count; None: all.
 
     Returns:
-        A scalar; 0 for an empty batch.
+        A scalar; 0 for an empty batch, or if no sample counts.
 
     Raises:
         ValueError: shapes that do not fit, or a temperature that is not positive.
@@ -60,9 +62,11 @@ def dkd_loss(
     label = labels.long()[:, None]
     is_label = torch.zeros_like(student, dtype=torch.bool).scatter_(1, label, True)
     parts = [_decouple(logits / temperature, label, is_label) for logits in (student, teacher)]
-    target, others = (
-        F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1).mean() for log_s, log_t in zip(*parts)
-    )
+    divergences = (F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1) for log_s, log_t in zip(*parts))
+    if valid is None:
+        target, others = (divergence.mean() for divergence in divergences)
+    else:
+        target, others = (torch.where(valid, d, 0).sum() / valid.sum().clamp(min=1) for d in divergences)
     return temperature * temperature * (alpha * target + beta * others)
 
 
@@ -82,7 +86,8 @@ def _decouple(logits: Tensor, label: Tensor, is_label: Tensor) -> Tuple[Tensor, 
 class DKDLoss(LogitLoss):
     """
     :func:`dkd_loss` on the logits of the regions that the student samples, labelled by its own matcher (background
-    is the last class), averaged over the samples of all ranks and the stages of the box head. Reads no taps.
+    is the last class), averaged over the samples of all ranks and the stages of the box head. Regions of a class that
+    the teacher does not know are left out: they have no label among the shared classes. Reads no taps.
     """
 
     name = "dkd"
@@ -111,6 +116,10 @@ class DKDLoss(LogitLoss):
         pairs = self.logit_pairs(student, teacher, context)
         total = 0.0
         for stage, (s, t, _) in enumerate(pairs):
-            mean = dkd_loss(s, t, context.region_targets(stage).classes, **self.options)
-            total = total + share_of_samples(len(s), s.device) * mean
+            labels, valid, samples = context.region_targets(stage).classes, None, len(s)
+            if self.classes is not None:
+                labels, valid = self.classes.places(labels)
+                samples = valid.sum()
+            mean = dkd_loss(s, t, labels, valid=valid, **self.options)
+            total = total + share_of_samples(samples, s.device) * mean
         return total / len(pairs)

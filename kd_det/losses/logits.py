@@ -1,4 +1,4 @@
-"""What losses on class logits share: where the logits come from, and that both networks have the same classes."""
+"""What losses on class logits share: where the logits come from, and which of them are compared."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from kd_det.features.regions import RegionHead
 from kd_det.features.taps import tap_shape
-from kd_det.losses.build import DistillationLoss
+from kd_det.losses.class_loss import ClassLoss
 
 __all__ = ["LogitLoss"]
 
 
-class LogitLoss(DistillationLoss):
+class LogitLoss(ClassLoss):
     """
     Base of losses on class logits: of the regions that the student samples, classified by both box heads, or, where
     taps are given, of those taps (the ``linear`` of a classifier, the ``head.cls_score`` of a dense head).
@@ -22,7 +22,6 @@ class LogitLoss(DistillationLoss):
         num_anchors: at such a head, the number A of anchors at a position of the (N, A K, H, W) logits; None elsewhere.
     """
 
-    compares_classes = True
     compares_sigmoids = False
     num_anchors: int | None = None
 
@@ -46,11 +45,12 @@ class LogitLoss(DistillationLoss):
             )
         ]
         for (have, sigmoids), (want, teacher_sigmoids) in zip(*found):
-            if have != want or sigmoids != teacher_sigmoids:
+            self.match(sigmoids or have, teacher_sigmoids or want)
+            if bool(sigmoids) != bool(teacher_sigmoids) or sigmoids and have // sigmoids != want // teacher_sigmoids:
                 raise ValueError(
-                    f"{name} compares class by class: the student has {sigmoids or have} classes and the teacher "
-                    f"{teacher_sigmoids or want}. Make their numbers of classes equal (MODEL.ROI_HEADS.NUM_CLASSES in "
-                    f"an R-CNN), or leave it out of KD.LOSSES (--losses NST, for example)."
+                    f"{name} compares class by class: the student has {have} channels of logits for {sigmoids or have} "
+                    f"classes and the teacher {want} for {teacher_sigmoids or want}; expected sigmoids of both or of "
+                    f"neither, with as many anchors."
                 )
             if sigmoids and not self.compares_sigmoids:
                 raise ValueError(
@@ -63,10 +63,17 @@ class LogitLoss(DistillationLoss):
         self, student: list[Tensor], teacher: list[Tensor], context
     ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """
-        Student's and teacher's logits (N, K, ...) and the mask (N, 1, ...) of those that hold image (None: all), once
-        for each stage of the box head or each map. The levels of a dense head with sigmoids are one pair: (N, A K, P)
-        with the P positions of all levels.
+        Student's and teacher's logits (N, K, ...) of the classes that both know, and the mask (N, 1, ...) of those that
+        hold image (None: all), once for each stage of the box head or each map. The levels of a dense head with
+        sigmoids are one pair: (N, A K, P) with the P positions of all levels.
         """
+        pairs = self._pairs_of_all_classes(student, teacher, context)
+        if self.classes is None:
+            return pairs
+        options = {"background": self.needs_regions, "num_anchors": self.num_anchors or 1}
+        return [(*self.classes.logits(s, t, **options), valid) for s, t, valid in pairs]
+
+    def _pairs_of_all_classes(self, student: list[Tensor], teacher: list[Tensor], context) -> list[tuple]:
         if self.needs_regions:
             return [(s.logits, t.logits, None) for s, t in context.region_pairs()]
         pairs = self.pairs(student, teacher, context)

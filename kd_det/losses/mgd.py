@@ -8,9 +8,10 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from kd_det.losses._blocks import squared_error
-from kd_det.losses._spatial import full_precision, match_maps, zero_loss
+from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
 from kd_det.losses.connected import ConnectedLoss
+from kd_det.losses.regions import RegionsLoss
 
 __all__ = ["MGDLoss", "mgd_loss"]
 
@@ -22,6 +23,7 @@ def mgd_loss(
     *,
     mask_ratio: float = 0.45,
     valid: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
 ) -> Tensor:
     """
     The squared error of the teacher's map as generated from the student's, of which random positions are hidden
@@ -35,6 +37,8 @@ def mgd_loss(
             one-stage detectors. Positions are drawn from torch's global generator.
         valid: bool (N, 1, H, W) at either size: the positions that hold image. The others are hidden, and generate
             nothing.
+        weights: float (N, 1, H, W) at either size, scaled to a mean of 1 in each image, of the squared errors; what is
+            hidden does not depend on them.
 
     Returns:
         A scalar; 0 for an empty batch.
@@ -44,7 +48,7 @@ def mgd_loss(
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mgd_loss: the mask ratio must be in 0 <= ratio < 1, found {mask_ratio}.")
-    maps = match_maps("mgd_loss", student, teacher, valid, same_channels=True)
+    maps = match_maps("mgd_loss", student, teacher, valid, same_channels=True, weights=weights)
     if maps.empty:
         return zero_loss(maps.student)
     n, _, h, w = maps.student.shape
@@ -57,13 +61,12 @@ def mgd_loss(
             f"mgd_loss: the generation must give maps of shape {tuple(maps.teacher.shape)}, found "
             f"{tuple(generated.shape)}."
         )
-    generated = generated.to(maps.teacher.dtype)
-    weights = generated.new_full((n,), 1 / n)
-    return full_precision(squared_error)(generated, maps.teacher, weights, maps.invalid)
+    maps = Maps(generated.to(maps.teacher.dtype), *maps[1:])
+    return full_precision(squared_error)(maps, maps.student.new_full((n,), 1 / n))
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class MGDLoss(ConnectedLoss):
+class MGDLoss(RegionsLoss, ConnectedLoss):
     """
     :func:`mgd_loss` summed over the pairs of taps; behind a connector where the channels differ. It owns the generation
     of each: 3x3 convolution, ReLU, 3x3 convolution.
@@ -96,5 +99,6 @@ class MGDLoss(ConnectedLoss):
     def forward(self, student, teacher, context):
         pairs = zip(self.generations, self.connected_pairs(student, teacher, context))
         return sum(
-            mgd_loss(s, t, generation, mask_ratio=self.mask_ratio, valid=valid) for generation, (s, t, valid) in pairs
+            mgd_loss(s, t, generation, mask_ratio=self.mask_ratio, valid=valid, weights=self.weights_at(s, context))
+            for generation, (s, t, valid) in pairs
         )

@@ -7,7 +7,7 @@ discrepancy is taken are the rows s_j and t_i, divided by their L2 norm (equatio
 With all samples in one list z, and u = 1 / Cs for the student's and -1 / Ct for the teacher's, this is ``u' K u``.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from kd_det.errors import unknown_name
 from kd_det.losses._products import SelfProduct, self_product
 from kd_det.losses._spatial import full_precision, match_maps, unit_rows, within_range, zero_loss
-from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES, DistillationLoss
+from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY, NO_IMAGES
+from kd_det.losses.regions import RegionsLoss
 
 __all__ = ["NSTLoss", "nst_loss"]
 
@@ -34,6 +35,7 @@ def nst_loss(
     degree: int = 2,
     offset: float = 0.0,
     valid: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
 ) -> Tensor:
     """
     Squared maximum mean discrepancy between the channels of both maps (equation 4), averaged over images. A channel,
@@ -47,6 +49,8 @@ def nst_loss(
             teacher-student pairs of the image, without gradient.
         degree, offset: of the poly kernel.
         valid: bool (N, 1, H, W) at either size: the positions that hold image.
+        weights: float (N, 1, H, W) at either size: inner products, and so the L2 norm, are sums over positions with
+            these weights.
 
     Returns:
         A scalar, never negative; 0 for an empty batch. The teacher-teacher term is part of it, so that 0 means equal.
@@ -59,10 +63,13 @@ def nst_loss(
         raise ValueError(f"nst_loss: {unknown_name('kernel', kernel, _KERNELS)}")
     if degree != int(degree) or degree < 1:
         raise ValueError(f"nst_loss: the degree must be a positive integer, found {degree}.")
-    maps = match_maps("nst_loss", student, teacher, valid)
+    maps = match_maps("nst_loss", student, teacher, valid, weights=weights)
     if maps.empty:
         return zero_loss(maps.student)
     s, t = maps.student.flatten(2), maps.teacher.flatten(2)
+    if maps.weights is not None:
+        root = maps.weights.sqrt().flatten(2)
+        s, t = s * root, t * root
     invalid = None if maps.invalid is None else maps.invalid.flatten(2)
     by_positions = kernel == "poly" and degree == 2 and offset == 0 and _positions_are_cheaper(s, t)
     if kernel == "linear" or by_positions:
@@ -103,30 +110,36 @@ class _UnitProducts(Function):
 
     @staticmethod
     def forward(ctx, s: Tensor, t: Tensor, invalid: Optional[Tensor]) -> Tensor:
-        z = torch.cat([s, t], 1)
         if invalid is not None:
-            z.masked_fill_(invalid, 0)
-        (z, gram), peak = within_range(lambda z: (z, self_product(z)), lambda out: _live_squares(out[1]), 2, z)
+            s, t = s.masked_fill(invalid, 0), t.masked_fill(invalid, 0)
+        (s, t, gram), peak = within_range(_products, lambda out: _live_squares(out[2]), 2, s, t)
         # The maps are not normalised: 1 / |z_i| is applied to the small products.
         squares = gram.diagonal(dim1=1, dim2=2)
         inverse = squares.rsqrt().masked_fill_(squares <= 0, 0)[:, :, None]
         gram.mul_(inverse).mul_(inverse.mT)
-        ctx.save_for_backward(z, gram, inverse, peak)
-        ctx.channels = s.shape[1]
+        ctx.save_for_backward(s, t, gram, inverse, peak)
         return gram
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx, grad: Tensor):
-        z, gram, inverse, peak = ctx.saved_tensors
-        student = slice(0, ctx.channels)
+        s, t, gram, inverse, peak = ctx.saved_tensors
+        student = slice(0, s.shape[1])
         weights = grad[:, student] + grad.mT[:, student]
         # The part of the gradient along the sample itself is lost in its normalisation.
         along = (weights * gram[:, student]).sum(2)
         weights.diagonal(dim1=1, dim2=2).sub_(along)
         weights.mul_(inverse[:, student] if peak is None else inverse[:, student] / peak[:, student])
-        return torch.bmm(weights.mul_(inverse.mT), z), None, None
+        own, cross = weights.mul_(inverse.mT).split([s.shape[1], t.shape[1]], 2)
+        return torch.bmm(own, s).baddbmm_(cross, t), None, None
+
+
+def _products(s: Tensor, t: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Both sides, and the inner products of all samples, without a copy of the maps side by side."""
+    cross = torch.bmm(s, t.mT)
+    upper, lower = torch.cat([self_product(s), cross], 2), torch.cat([cross.mT, self_product(t)], 2)
+    return s, t, torch.cat([upper, lower], 1)
 
 
 def _live_squares(gram: Tensor) -> Tensor:
@@ -148,7 +161,7 @@ def _gaussian(products: Tensor, student_channels: int) -> Tensor:
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class NSTLoss(DistillationLoss):
+class NSTLoss(RegionsLoss):
     """:func:`nst_loss` summed over the pairs of taps. The channels of a pair may differ; no connector is needed."""
 
     name = "nst"
@@ -158,7 +171,7 @@ class NSTLoss(DistillationLoss):
         """
         Args:
             kernel, degree, offset: see :func:`nst_loss`.
-            kwargs: see :class:`DistillationLoss`.
+            kwargs: see :class:`RegionsLoss`.
         """
         super().__init__(**kwargs)
         self.options = {"kernel": kernel, "degree": degree, "offset": offset}
@@ -171,4 +184,7 @@ class NSTLoss(DistillationLoss):
         return {**ret, "kernel": node.KERNEL, "degree": node.DEGREE, "offset": node.OFFSET}
 
     def forward(self, student, teacher, context):
-        return sum(nst_loss(s, t, valid=valid, **self.options) for s, t, valid in self.pairs(student, teacher, context))
+        return sum(
+            nst_loss(s, t, valid=valid, weights=self.weights_at(s, context), **self.options)
+            for s, t, valid in self.pairs(student, teacher, context)
+        )

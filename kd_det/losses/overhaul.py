@@ -13,11 +13,12 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
-from kd_det.losses._blocks import SquaredResidual, weighted_sum
+from kd_det.losses._blocks import squared_residuals
 from kd_det.losses._spatial import Maps, full_precision, match_maps, zero_loss
 from kd_det.losses.build import DISTILLATION_LOSS_REGISTRY
 from kd_det.losses.connected import ConnectedLoss
 from kd_det.losses.margin import Margin, margin_from_norm, margin_relu, norm_behind
+from kd_det.losses.regions import RegionsLoss
 
 __all__ = ["OverhaulLoss", "overhaul_loss", "partial_l2_loss"]
 
@@ -28,7 +29,12 @@ _REDUCTIONS = ("position", "sum")
 
 @full_precision
 def partial_l2_loss(
-    student: Tensor, target: Tensor, *, reduction: str = "position", valid: Optional[Tensor] = None
+    student: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "position",
+    valid: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
 ) -> Tensor:
     """
     Partial L2 distance (equation 3): ``(T - S)^2``, but 0 where ``S <= T <= 0``.
@@ -40,6 +46,7 @@ def partial_l2_loss(
             averages over images, so that the weight does not depend on the image's size; "sum" is the published sum
             over everything.
         valid: bool (N, 1, H, W) at either size: the positions that hold image.
+        weights: float (N, 1, H, W) at either size, scaled to a mean of 1 in each image, of the squared distances.
 
     Returns:
         A scalar; 0 for an empty batch.
@@ -48,7 +55,7 @@ def partial_l2_loss(
         ValueError: an unknown reduction; batches, channels, types or a mask that do not fit.
     """
     _check_reduction("partial_l2_loss", reduction)
-    maps = match_maps("partial_l2_loss", student, target, valid, same_channels=True)
+    maps = match_maps("partial_l2_loss", student, target, valid, same_channels=True, weights=weights)
     return _distance(maps, reduction, _partial_residual)
 
 
@@ -60,6 +67,7 @@ def overhaul_loss(
     *,
     reduction: str = "position",
     valid: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
 ) -> Tensor:
     """
     ``partial_l2_loss(student, margin_relu(teacher, margin))`` in one pass, which keeps no margin-ReLU'd map.
@@ -67,7 +75,7 @@ def overhaul_loss(
     Args:
         teacher: (N, C, Ht, Wt), pre-activation; is detached. Where the sizes differ, the margin comes before pooling.
         margin: (C,).
-        student, reduction, valid: see :func:`partial_l2_loss`.
+        student, reduction, valid, weights: see :func:`partial_l2_loss`.
 
     Returns:
         A scalar; 0 for an empty batch.
@@ -78,7 +86,7 @@ def overhaul_loss(
     _check_reduction("overhaul_loss", reduction)
     if student.shape[2:] != teacher.shape[2:]:
         teacher = margin_relu(teacher, margin)
-    maps = match_maps("overhaul_loss", student, teacher, valid, same_channels=True)
+    maps = match_maps("overhaul_loss", student, teacher, valid, same_channels=True, weights=weights)
     if margin.shape != (maps.teacher.shape[1],):
         raise ValueError(
             f"overhaul_loss: needs one margin for each of {maps.teacher.shape[1]} channels, found margins of shape "
@@ -102,8 +110,8 @@ def _distance(maps: Maps, reduction: str, residual) -> Tensor:
     if maps.empty:
         return zero_loss(maps.student)
     counts = maps.positions()
-    weights = torch.ones_like(counts) if reduction == "sum" else (len(counts) * counts).reciprocal()
-    return weighted_sum(SquaredResidual.apply(maps.student, maps.teacher, residual, maps.invalid), weights)
+    factors = torch.ones_like(counts) if reduction == "sum" else (len(counts) * counts).reciprocal()
+    return squared_residuals(maps, residual, factors)
 
 
 def _partial_residual(student: Tensor, target: Tensor, channels: slice, out: Tensor, scratch: Tensor) -> Tensor:
@@ -115,7 +123,7 @@ def _partial_residual(student: Tensor, target: Tensor, channels: slice, out: Ten
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
-class OverhaulLoss(ConnectedLoss):
+class OverhaulLoss(RegionsLoss, ConnectedLoss):
     """
     :func:`overhaul_loss` after a connector (1x1 convolution, norm), summed over the pairs of taps with the factor
     2^-(L-l), 1 for the last. Taps are pre-activations, shallow to deep.
@@ -226,10 +234,9 @@ class OverhaulLoss(ConnectedLoss):
     def forward(self, student, teacher, context):
         self.observe(teacher, context)
         total = 0.0
-        for level, (s, t, valid) in enumerate(self.pairs(student, teacher, context)):
-            term = overhaul_loss(
-                self.connectors[level](s), t, self.margins[level].value, reduction=self.reduction, valid=valid
-            )
+        for level, (s, t, valid) in enumerate(self.connected_pairs(student, teacher, context)):
+            options = {"reduction": self.reduction, "valid": valid, "weights": self.weights_at(s, context)}
+            term = overhaul_loss(s, t, self.margins[level].value, **options)
             total = total + term * 2.0 ** (level + 1 - len(self.connectors))
         # DDP averages over ranks: a sum over the images of all ranks is as many times a rank's own.
         return total * comm.get_world_size() if self.reduction == "sum" else total

@@ -1,10 +1,12 @@
 """The teacher, built from its own config, checked to the last weight, and frozen."""
 
 import logging
-from typing import Optional
+from typing import List, Optional
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from kd_det.config import add_kd_config
@@ -23,7 +25,8 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
     """
     The teacher's own config: what the source of ``KD.TEACHER.CONFIG_FILE`` knows of it (see
     :mod:`kd_det.teachers.sources`), its weights, its options, on the student's device. Keys that neither Detectron2 nor
-    kd_det has (a project's own) start from the student's values.
+    kd_det has (a project's own) start from the student's values. ``KD.TEACHER.CLASSES`` are the names of its classes,
+    where they are known.
 
     Raises:
         FileNotFoundError: an unknown file or zoo name; lists the nearest.
@@ -50,8 +53,27 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
         raise ValueError(
             f"The teacher {name!r} has no weights, and would teach noise: set KD.TEACHER.WEIGHTS (--teacher-weights)."
         )
+    teacher_cfg.KD.TEACHER.CLASSES = list(cfg.KD.TEACHER.CLASSES) or _classes_trained_on(teacher_cfg, cfg.KD.TEACHER)
     teacher_cfg.freeze()
     return teacher_cfg
+
+
+# Where the number of classes of a meta-architecture stands in its config.
+NUM_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+
+
+def _classes_trained_on(teacher_cfg: CfgNode, node: CfgNode) -> List[str]:
+    """
+    The classes of the data set that a teacher's config names, where they are its own: the config tells nothing of other
+    weights (of a zoo entry with ``KD.TEACHER.WEIGHTS``), and has inherited the name where the numbers differ.
+    """
+    if node.WEIGHTS and not PathManager.isfile(node.CONFIG_FILE) and "DATASETS.TRAIN" not in node.OPTS:
+        return []
+    head = NUM_CLASSES.get(teacher_cfg.MODEL.META_ARCHITECTURE)
+    number = teacher_cfg.MODEL[head].NUM_CLASSES if head else None
+    # An unknown name makes an empty entry; data sets that register their classes only when read have none yet.
+    found = [list(MetadataCatalog.get(name).get("thing_classes", ())) for name in teacher_cfg.DATASETS.TRAIN]
+    return next((classes for classes in found if len(classes) == number), [])
 
 
 def build_teacher(cfg: CfgNode) -> nn.Module:
@@ -83,8 +105,13 @@ def teacher_dtype(cfg: CfgNode) -> torch.dtype:
 
 
 def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
-    """The network of :func:`get_teacher_cfg`, without weights; a ``ValueError`` for an unknown meta-architecture."""
-    return teacher_source(teacher_cfg.KD.TEACHER.CONFIG_FILE).build(teacher_cfg)
+    """
+    The network of :func:`get_teacher_cfg`, without weights; its ``class_names`` are its classes', where they are known.
+    A ``ValueError`` for an unknown meta-architecture.
+    """
+    model = teacher_source(teacher_cfg.KD.TEACHER.CONFIG_FILE).build(teacher_cfg)
+    model.class_names = tuple(teacher_cfg.KD.TEACHER.CLASSES)
+    return model
 
 
 def load_teacher(*, model: nn.Module, weights: str, input_format: Optional[str] = None) -> nn.Module:

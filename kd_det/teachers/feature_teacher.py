@@ -1,8 +1,9 @@
 """
 Teachers of other libraries: any network that maps images to feature maps can teach a detector.
 
-By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://fasterrcnn_resnet50_fpn"`` or ``"timm://convnext_tiny"``, with the
-library's own weights or a file of them; in Python, :class:`FeatureTeacher` around any network, or :func:`torchvision_teacher`.
+By config, ``KD.TEACHER.CONFIG_FILE: "torchvision://resnet50"`` or ``"timm://convnext_tiny"``, with the library's own
+weights or a file of them; in Python, :class:`FeatureTeacher` around any network, or
+:func:`torchvision_teacher`.
 """
 
 import contextlib
@@ -17,7 +18,6 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from kd_det.backbones.timm_backbone import flat_key, timm_feature_network, timm_options
-from kd_det.errors import unknown_name
 from kd_det.features.context import normalised_images
 from kd_det.random_state import preserved_random_state
 from kd_det.student import student_class
@@ -181,7 +181,6 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
     return FeatureTeacher(**_of_torchvision_detector(detector))
 
 
-@register_teacher_source("torchvision")
 @register_teacher_source("timm")
 class LibraryTeacher(TeacherSource):
     """

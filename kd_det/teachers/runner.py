@@ -13,7 +13,7 @@ from kd_det.features.context import normalised_images
 from kd_det.features.regions import RegionHead
 from kd_det.features.taps import Taps
 
-__all__ = ["Teacher", "TeacherMaps", "check_teacher"]
+__all__ = ["Teacher", "TeacherMaps", "check_teacher", "padded_images"]
 
 
 class TeacherMaps(NamedTuple):
@@ -146,7 +146,7 @@ class Teacher:
                     self.model(self.inputs(batched_inputs))
                 else:
                     if images is None or not self._shares_images:
-                        images = self._preprocess(self.inputs(batched_inputs))
+                        images = padded_images(self.model, self.inputs(batched_inputs))
                     outputs = self.model.backbone(images)
                     for head, levels in self._heads:
                         head([outputs[level] for level in levels])
@@ -163,6 +163,15 @@ class Teacher:
         if self._order is None:
             return batched_inputs
         return [{**x, "image": x["image"][self._order]} for x in batched_inputs]
+
+    @torch.no_grad()
+    def detect(self, batched_inputs: List[Dict], canvas: Tuple[int, int]) -> List[Dict]:
+        """What the network itself returns in eval for the student's inputs, on the student's canvas."""
+        self._canvas = canvas
+        try:
+            return self.model(self.inputs(batched_inputs))
+        finally:
+            self._outputs, self._canvas = {}, None
 
     def _before_student(self, module: nn.Module, args: Tuple[Tensor]) -> None:
         if self._pending is not None:
@@ -185,20 +194,15 @@ class Teacher:
                 outside = remaining
         return None if outside else heads
 
-    def _preprocess(self, inputs: List[Dict]) -> Tensor:
-        if hasattr(self.model, "preprocess_image"):
-            return self.model.preprocess_image(inputs).tensor
-        # v0.6's ProposalNetwork and SemanticSegmentor normalise inside their forward.
-        return normalised_images(self.model, inputs).tensor
-
     def _enter_backbone(self, module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:
         """Pads the batch to the student's canvas or, where the network needs more, to its multiple or square."""
         images = args[0]
         own = tuple(images.shape[-2:])
         self._covered = self._canvas or own
-        multiple = max(getattr(module, "size_divisibility", 1), 1)
-        # Detectron2 main's plain vision transformers want squares.
-        square = getattr(module, "padding_constraints", {}).get("square_size", 0)
+        # Detectron2 main's plain vision transformers want squares, or multiples under this spelling.
+        constraints = getattr(module, "padding_constraints", {})
+        square = constraints.get("square_size", 0)
+        multiple = max(getattr(module, "size_divisibility", 1), constraints.get("size_divisiblity", 1), 1)
         height, width = (-(-max(c, s, square) // multiple) * multiple for c, s in zip(self._covered, own))
         self._padded = (height, width)
         if self._padded != own:
@@ -210,6 +214,14 @@ class Teacher:
             outputs = {name: value.float() for name, value in outputs.items()}
         self._outputs = outputs
         return outputs
+
+
+def padded_images(model: nn.Module, inputs: List[Dict]) -> Tensor:
+    """A model's normalised and padded batch of raw images in its channel order."""
+    if hasattr(model, "preprocess_image"):
+        return model.preprocess_image(inputs).tensor
+    # v0.6's ProposalNetwork and SemanticSegmentor normalise inside their forward.
+    return normalised_images(model, inputs).tensor
 
 
 def _normalise_alike(student: nn.Module, teacher: nn.Module) -> bool:

@@ -32,7 +32,8 @@ def find_weights(path: str, *, who: str) -> str:
     try:
         local = PathManager.get_local_path(path)
     except (OSError, ValueError, AssertionError) as e:
-        raise FileNotFoundError(f"The weights of the {who} cannot be read: {path!r} ({e}).") from None
+        hint = " Without a network connection, name a local file of them." * is_remote(path)
+        raise FileNotFoundError(f"The weights of the {who} cannot be read: {path!r} ({e}).{hint}") from None
     if not os.path.isfile(local):
         raise FileNotFoundError(f"The weights of the {who} do not exist: {path!r}.")
     return local

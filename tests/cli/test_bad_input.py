@@ -76,6 +76,13 @@ OPTIONS = {
     "degree 0": (["KD.NST.DEGREE", "0"], "degree"),
     "negative warm-up": (["KD.WARMUP_ITERS", "-3"], "warm-up must be >= 0"),
     "stop before never": (["KD.STOP_ITER", "-2"], "stop >= -1"),
+    "decay after the stop": (
+        ["KD.DECAY", "cosine", "KD.DECAY_START", "90", "KD.STOP_ITER", "80"],
+        "a decay must start .* before the loss stops, found a start at 90 and a stop at 80",
+    ),
+    "unknown decay": (["KD.NST.DECAY", "step"], "Unknown decay 'step'. Valid names: linear, cosine"),
+    "unknown regions": (["KD.NST.REGIONS", "box"], "Unknown regions 'box'. Did you mean 'boxes'"),
+    "share above 1": (["KD.NST.FOREGROUND_SHARE", "2.0"], "foreground_share must be in 0 to 1, found 2.0"),
     "warm-up a word": (["KD.NST.WARMUP_ITERS", "soon"], "soon"),
     "no value": (["KD.LOSSES", "None"], "KD.LOSSES is None, and needs a value"),
     "no value of a loss": (["KD.NST.WEIGHT", "None"], "KD.NST.WEIGHT is None, and needs a value"),
@@ -106,9 +113,21 @@ OPTIONS = {
         ["KD.TEACHER.CONFIG_FILE", "https://host/x.yaml"],
         "is a URL. Expected a config file .*, .* timm://NAME",
     ),
-    "teacher is a LazyConfig": (
-        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"],
-        "is a LazyConfig, expected a yaml",
+    "teacher is no network of torchvision": (
+        ["KD.TEACHER.CONFIG_FILE", "torchvision://fasterrcnn_resnet51_fpn"],
+        "Unknown network of torchvision 'fasterrcnn_resnet51_fpn'. Did you mean 'fasterrcnn_resnet50_fpn",
+    ),
+    "teacher has no such weights": (
+        ["KD.TEACHER.CONFIG_FILE", "timm://resnet18.a1_in2k"],
+        "Unknown weights of timm's 'resnet18' 'a1_in2k'. Did you mean 'a1_in1k'",
+    ),
+    "teacher to evaluate on nothing": (
+        ["KD.TEACHER.EVALUATE", "True", "DATASETS.TEST", "()"],
+        "KD.TEACHER.EVALUATE needs data sets to evaluate on, and DATASETS.TEST is empty",
+    ),
+    "teacher is a LazyConfig without weights": (
+        ["KD.TEACHER.CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py", "KD.TEACHER.WEIGHTS", ""],
+        "fcos_R_50_FPN_1x.py' has no weights",
     ),
     "missing teacher weights": (["KD.TEACHER.WEIGHTS", "nowhere.pth"], "do not exist: 'nowhere.pth'"),
     "teacher of another size": (
@@ -126,6 +145,27 @@ OPTIONS = {
     "teacher with other classes": (
         ["KD.LOSSES", "('SoftTarget',)", "MODEL.ROI_HEADS.NUM_CLASSES", "4"],
         "the student has 4 classes and the teacher 3",
+    ),
+    "no class in common": (
+        ["KD.LOSSES", "('SoftTarget',)", "KD.TEACHER.CLASSES", "['x', 'y', 'z']"],
+        "no class in common: the student's are 0, 1, 2, the teacher's x, y, z",
+    ),
+    "too few names of the teacher's classes": (
+        ["KD.LOSSES", "('SoftTarget',)", "KD.TEACHER.CLASSES", "['1', '2']"],
+        "a name for each class, found .* 2 for the teacher's 3 .KD.TEACHER.CLASSES",
+    ),
+    "class map of an unknown class": (
+        ["KD.LOSSES", "('DKD',)", "KD.TEACHER.CLASS_MAP", "[['cat', 0]]"],
+        "KD.TEACHER.CLASS_MAP: Unknown class of the student 'cat'. Valid names: 0, 1, 2",
+    ),
+    "class twice in the map": (
+        ["KD.LOSSES", "('BoundedRegression',)", "KD.TEACHER.CLASS_MAP", "[['0', 1], ['2', 1]]"],
+        "KD.TEACHER.CLASS_MAP has 1 twice",
+    ),
+    "masks of a student without": (["KD.LOSSES", "('MaskSoftTarget',)"], "MODEL.MASK_ON.; the student has none"),
+    "keypoints of a teacher without": (
+        ["KD.LOSSES", "('KeypointSoftTarget',)", "MODEL.KEYPOINT_ON", "True"],
+        "MODEL.KEYPOINT_ON.; the teacher has none",
     ),
     "no dense head": (
         ["KD.LOSSES", "('DenseSoftTarget',)"],

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 from detectron2.data import MetadataCatalog
 
+from kd_det import DistillationLoss, build_teacher
+from kd_det.cli import add_teacher
 from kd_det.cli.checks import PlannedRun
 from kd_det.cli.checks.classes import check_class_lists, check_teacher_classes
 from kd_det.data import DatasetSummary
 from kd_det.losses.build import loss_class
+from kd_det.teachers.build import get_teacher_cfg
 from tests.tiny import distillation_cfg, tiny_cfg
 
 ABC = ["a", "b", "c"]
@@ -59,16 +62,23 @@ def taught_on():
     MetadataCatalog.remove("taught_on")
 
 
-@pytest.mark.parametrize("loss,refused", [("SoftTargetLoss", True), ("NSTLoss", False)])
-def test_a_teacher_of_other_classes(tmp_path, taught_on, loss, refused):
-    """As many classes, in another order: only a loss on class logits minds."""
-    cfg = distillation_cfg(tmp_path, loss, teacher=tiny_cfg(depth=50, DATASETS__TRAIN=("taught_on",)))
-    if refused:
-        with pytest.raises(ValueError, match="SoftTargetLoss compare.*'taught_on'.*class 0 is 'b' and 'a'"):
-            check_teacher_classes(planned(cfg, {"train": ABC}))
-    else:
-        check_teacher_classes(planned(cfg, {"train": ABC}))
-    check_teacher_classes(planned(cfg, {"train": ["b", "a", "c"]}))
+class AgreementLoss(DistillationLoss):
+    """A project's, that compares class by class."""
+
+    compares_classes = True
+
+
+def test_a_teacher_of_other_classes(tmp_path, taught_on):
+    """As many classes, in another order: the losses of kd_det match them by name, and maps have none."""
+    teacher = tiny_cfg(depth=50, DATASETS__TRAIN=("taught_on",))
+    cfg = distillation_cfg(tmp_path, "SoftTarget", "NST", teacher=teacher)
+    other, same = planned(cfg, {"train": ABC}), planned(cfg, {"train": ["b", "a", "c"]})
+    for run in (other, same):
+        check_teacher_classes(run)
+        run.model.losses["agreement"] = object.__new__(AgreementLoss)
+    check_teacher_classes(same)
+    with pytest.raises(ValueError, match="AgreementLoss compare.* 'train': class 0 is 'b' and 'a'"):
+        check_teacher_classes(other)
 
 
 @pytest.mark.parametrize(
@@ -82,17 +92,33 @@ def test_a_teacher_of_other_classes(tmp_path, taught_on, loss, refused):
 )
 def test_a_zoo_config_tells_nothing_of_other_weights(tmp_path, opts):
     zoo = {"KD__TEACHER__CONFIG_FILE": "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", **opts}
-    classes = [f"mine {i}" for i in range(opts.get("MODEL__ROI_HEADS__NUM_CLASSES", 3))]
-    run = planned(distillation_cfg(tmp_path, "SoftTargetLoss", **zoo), {"train": classes})
-    check_teacher_classes(run)
-    run.cfg.KD.TEACHER.merge_from_list(["WEIGHTS", "", "OPTS", []])  # the zoo's own
-    if len(classes) == 80:
-        with pytest.raises(ValueError, match="'coco_2017_train'"):
-            check_teacher_classes(run)
+    cfg = distillation_cfg(tmp_path, "SoftTargetLoss", **zoo)
+    assert get_teacher_cfg(cfg).KD.TEACHER.CLASSES == []
+    cfg.KD.TEACHER.merge_from_list(["WEIGHTS", "", "OPTS", []])  # the zoo's own
+    assert get_teacher_cfg(cfg).KD.TEACHER.CLASSES[:2] == ["person", "bicycle"]
+    cfg.KD.TEACHER.CLASSES = ABC
+    assert get_teacher_cfg(cfg).KD.TEACHER.CLASSES == ABC
 
 
 def test_a_config_file_that_inherits_anothers_data_sets(tmp_path, taught_on):
     """D3: the numbers of classes differ, so the names that the file inherited are not the teacher's."""
-    teacher = tiny_cfg(depth=50, DATASETS__TRAIN=("taught_on",), MODEL__ROI_HEADS__NUM_CLASSES=2)
-    cfg = distillation_cfg(tmp_path, "SoftTargetLoss", teacher=teacher)
-    check_teacher_classes(planned(cfg, {"train": ["x", "y"]}))
+    for number, known in ((3, ["b", "a", "c"]), (2, [])):
+        teacher = tiny_cfg(depth=50, DATASETS__TRAIN=("taught_on",), MODEL__ROI_HEADS__NUM_CLASSES=number)
+        cfg = distillation_cfg(tmp_path, "SoftTargetLoss", teacher=teacher)
+        assert get_teacher_cfg(cfg).KD.TEACHER.CLASSES == known
+        assert build_teacher(cfg).class_names == tuple(known)
+
+
+@pytest.mark.parametrize(
+    "opts, chosen", [({}, ("NST",)), ({"KD__TEACHER__CLASSES": ["x", "b", "y", "a"]}, ("NST", "SoftTarget"))]
+)
+def test_soft_targets_are_chosen_where_classes_are_shared(tmp_path, taught_on, opts, chosen, caplog):
+    cfg = tiny_cfg(DATASETS__TRAIN=("taught_on",), **opts)
+    teacher = tiny_cfg(depth=50, MODEL__ROI_HEADS__NUM_CLASSES=4)
+    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    add_teacher(cfg, str(tmp_path / "teacher.yaml"), weights="none.pth")
+    assert cfg.KD.LOSSES == chosen
+    assert ("distilled by NST alone" in caplog.text) == (chosen == ("NST",))
+    cfg = tiny_cfg(DATASETS__TRAIN=("taught_on",), KD__TEACHER__CLASS_MAP=[["q", 0]])
+    with pytest.raises(ValueError, match="KD.TEACHER.CLASS_MAP: Unknown class of the student 'q'"):
+        add_teacher(cfg, str(tmp_path / "teacher.yaml"), weights="none.pth")

@@ -240,6 +240,8 @@ def test_lazy_configs_on_equal_terms(tmp_path, capsys, monkeypatch):
     taps.main(argv)
     assert "res4.pre_activation" in capsys.readouterr().out
     teacher = ["--teacher", cfg.KD.TEACHER.CONFIG_FILE, "--teacher-weights", cfg.KD.TEACHER.WEIGHTS]
+    taps.main([*argv, *teacher])
+    assert "teacher, for images of" in capsys.readouterr().out
     weights.main([*argv, *teacher, "--batches", "1"])
     out = capsys.readouterr().out
     assert "KD.NST.WEIGHT" in out and "KD.SOFT_TARGET.WEIGHT" in out

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from kd_det import Distiller
 from kd_det.cli import argument_parser, parse_arguments
 from kd_det.cli.lazy_config import load_lazy_config
+from kd_det.compat import model_zoo
 from tests.configs.test_configs import training_batch
 from tests.tiny import tiny_cfg
 
@@ -88,3 +89,41 @@ def test_a_config_that_the_tool_cannot_use(tmp_path, text, opts, message):
     (tmp_path / "config.py").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_lazy_config(parse_arguments(argument_parser(), ["--config-file", str(tmp_path / "config.py"), *opts]))
+
+
+ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+
+
+def override(*opts):
+    return load_lazy_config(
+        parse_arguments(argument_parser(), ["--config-file", model_zoo.get_config_file(ZOO), *opts])
+    )
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("train.max_itr=5", "Unknown config key 'train.max_itr'. Did you mean 'train.max_iter'"),
+        ("train.amp.enabld=True", "Unknown config key 'train.amp.enabld'. Did you mean 'train.amp.enabled'"),
+        ("modl.input_format=RGB", "Unknown config key 'modl'. Did you mean 'model'"),
+        ("model.pixel_men=[1,2,3]", "Unknown config key 'model.pixel_men'. Did you mean 'model.pixel_mean'"),
+        ("dataloader.tran.num_workers=0", "Unknown config key 'dataloader.tran'. Did you mean 'dataloader.train'"),
+        ("train.max_iter.warmup=5", "Trying to update key train.max_iter.warmup, but train.max_iter is not a config"),
+    ],
+)
+def test_an_override_of_nothing_is_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        override(option)
+
+
+def test_new_keys_that_something_reads():
+    cfg = override(
+        "train.max_iter=5",
+        "train.seed=3",  # read by default_setup where it is given
+        "train.ddp.static_graph=True",  # an argument of DDP
+        "model.max_detections_per_image=7",  # an argument of RetinaNet that the config leaves alone
+        "model.backbone.bottom_up.stages.num_groups=2",  # of a callable that takes any
+        "optimizer.params.overrides.weight.lr=0.1",
+        "+train.mine=1",
+    )
+    assert cfg.train.mine == 1 and cfg.train.seed == 3 and cfg.model.max_detections_per_image == 7

@@ -63,6 +63,8 @@ def test_every_detector(tmp_path, device, detector, amp):
     losses = ("NST", "SoftTarget", "DKD", "BoundedRegression", "RPNSoftTarget")
     if detector == "RetinaNet":
         losses = ("NST", "PKD", "FGD", "DenseSoftTarget", "CrossKD")
+    if detector == "Mask R-CNN":
+        losses += ("MaskSoftTarget",)
     model = build(detector_cfg(tmp_path, detector, device, *losses, KD__CROSS_KD__CUT=1))
     for inputs in (batch_with_masks() if detector == "Mask R-CNN" else batch(), batch(((64, 64), (64, 64)))):
         if detector == "Mask R-CNN" and not inputs[0]["instances"].has("gt_masks"):

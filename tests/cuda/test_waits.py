@@ -5,6 +5,7 @@ import torch
 
 from kd_det import student_cfg
 from kd_det.benchmark.measure import waits
+from kd_det.features.position_weights import REGIONS
 from tests.cuda.tiny_cuda import DETECTOR_LOSSES, build, faster_cfg, losses_of
 from tests.tiny_run import ALL_LOSSES
 
@@ -23,9 +24,13 @@ def raise_where_the_host_waits(device):
     switch(False)
 
 
-@pytest.mark.parametrize("name", DETECTOR_LOSSES)
-def test_a_loss_waits_for_nothing(tmp_path, device, raise_where_the_host_waits, name):
-    model = build(faster_cfg(tmp_path, device, name))
+@pytest.mark.parametrize(
+    "name, opts",
+    [*((name, {}) for name in DETECTOR_LOSSES), *(("Hint", {"KD__HINT__REGIONS": regions}) for regions in REGIONS[1:])],
+    ids=str,
+)
+def test_a_loss_waits_for_nothing(tmp_path, device, raise_where_the_host_waits, name, opts):
+    model = build(faster_cfg(tmp_path, device, name, **opts))
     losses_of(model)  # handles and pinned memory are there from now on
 
     def before(loss, args):

@@ -11,6 +11,7 @@ from torch import nn
 
 from kd_det.engine import Trainer
 from kd_det.engine.evaluation import COCOEvaluator
+from kd_det.engine.teacher_evaluation import register_first_images
 from tests.datasets.miniature import IMAGES, write_coco, write_voc, write_voc_annotation
 from tests.tiny import distillation_cfg, tiny_cfg
 
@@ -110,6 +111,18 @@ def test_voc_through_the_builtin_loader_and_evaluator(datasets):
     results = inference_on_dataset(model, loader("voc_2007_test"), evaluator)["bbox"]
     # Three of VOC's twenty classes occur, all found; a class that does not occur counts 0.
     assert results == pytest.approx({"AP": 15.0, "AP50": 15.0, "AP75": 15.0})
+
+
+@pytest.mark.parametrize("name, write", [("coco_2017_val", write_coco), ("voc_2007_test", write_voc)])
+def test_the_first_images_of_a_data_set(datasets, tmp_path, name, write):
+    """What lies behind them is no miss; VOC's are evaluated by COCO's measures."""
+    write(datasets)
+    first = register_first_images(name, 2)
+    cfg = tiny_cfg(OUTPUT_DIR=str(tmp_path / "out"), DATALOADER__NUM_WORKERS=0)
+    results = inference_on_dataset(Oracle(name), loader(first), Trainer.build_evaluator(cfg, first))
+    assert results["bbox"]["AP"] == pytest.approx(100) and len(DatasetCatalog.get(first)) == 2
+    DatasetCatalog.remove(first)
+    MetadataCatalog.remove(first)
 
 
 def test_average_precision_of_voc_by_hand(datasets):

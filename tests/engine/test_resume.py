@@ -44,7 +44,7 @@ def resume_from(cfg, name: str, folder: str):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
-    cfg = run_cfg(tmp_path, *ALL_LOSSES, KD__WARMUP_ITERS=4, KD__NST__STOP_ITER=5)
+    cfg = run_cfg(tmp_path, *ALL_LOSSES, KD__WARMUP_ITERS=4, KD__NST__STOP_ITER=5, KD__HINT__DECAY="cosine")
     train(cfg)
     before = load(cfg.OUTPUT_DIR)
     assert any(key.startswith("overhaul") for key in before["model"]._metadata["kd_det.losses"])
@@ -332,10 +332,11 @@ def test_resuming_with_other_shapes_names_them(tmp_path, change, name, shapes): 
 
 def test_schedules_of_losses_are_scaled_with_the_number_of_processes(tmp_path):  # D27
     cfg = run_cfg(tmp_path, "NST", "Hint", KD__WARMUP_ITERS=100, KD__NST__STOP_ITER=900, KD__HINT__WARMUP_ITERS=0)
+    cfg.KD.DECAY_START = 300
     cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 4, 8, 1000
     scaled = Trainer.auto_scale_workers(cfg, 2)
     assert scaled.SOLVER.MAX_ITER == 2000
-    assert (scaled.KD.WARMUP_ITERS, scaled.KD.STOP_ITER) == (200, -1)
+    assert (scaled.KD.WARMUP_ITERS, scaled.KD.STOP_ITER, scaled.KD.DECAY_START) == (200, -1, 600)
     assert (scaled.KD.NST.WARMUP_ITERS, scaled.KD.NST.STOP_ITER) == (None, 1800)
     assert (scaled.KD.HINT.WARMUP_ITERS, cfg.KD.NST.STOP_ITER) == (0, 900)
     assert Trainer.auto_scale_workers(cfg, 4) is cfg

@@ -84,11 +84,6 @@ def with_transform(head, transform):
         ),
         (
             lambda: retinanet(),
-            lambda: retinanet(MODEL__RETINANET__NUM_CLASSES=5),
-            "the student has 3 classes and the teacher 5",
-        ),
-        (
-            lambda: retinanet(),
             lambda: retinanet(MODEL__RETINANET__BBOX_REG_WEIGHTS=(10.0, 10.0, 5.0, 5.0)),
             r"weights \(1.0, 1.0, 1.0, 1.0\)\), the teacher's .* \(weights \(10.0, 10.0, 5.0, 5.0\)",
         ),

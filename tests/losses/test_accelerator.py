@@ -24,8 +24,8 @@ def with_margin(student, teacher, **kwargs):
 # Each with the most kernels of its forward and backward.
 ON_MAPS = {
     "nst_linear": (functools.partial(losses.nst_loss, kernel="linear"), 60),
-    "nst_poly": (losses.nst_loss, 40),
-    "nst_cubic": (functools.partial(losses.nst_loss, degree=3, offset=0.5), 40),
+    "nst_poly": (losses.nst_loss, 45),
+    "nst_cubic": (functools.partial(losses.nst_loss, degree=3, offset=0.5), 45),
     "nst_gaussian": (functools.partial(losses.nst_loss, kernel="gaussian"), 60),
     "at_sum": (functools.partial(losses.attention_transfer_loss, mapping="sum"), 50),
     "at_sum_pow": (losses.attention_transfer_loss, 45),

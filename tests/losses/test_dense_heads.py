@@ -118,6 +118,15 @@ def test_losses_over_softmaxes_are_refused(tmp_path):
         build_model(retinanet(tmp_path, "DIST"))
 
 
+def test_other_anchors_are_refused(tmp_path):
+    teacher = tiny_retinanet_cfg(MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=[[1.0]])
+    cfg = retinanet(tmp_path, "SoftTarget")
+    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match="has 9 channels of logits for 3 classes and the teacher 3 .*many anchors"):
+        build_model(cfg)
+
+
 def test_a_tap_in_the_head_goes_with_a_loss_on_regions(tmp_path):
     # D24
     taps = {"KD__NST__STUDENT_TAPS": ("proposal_generator.rpn_head.conv",)}

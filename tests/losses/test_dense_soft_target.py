@@ -320,6 +320,26 @@ def test_from_a_config_beside_other_losses(tmp_path):
     assert losses["loss_rpn_soft_target"] > 0 and losses["loss_nst"] > 0
 
 
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
+def test_classes_that_both_know_are_compared(kind):
+    more = {"num_classes": 4} if kind == "FCOS" else {"MODEL__RETINANET__NUM_CLASSES": 4}
+    student, teacher = detector(kind, seed=0), detector(kind, seed=1, **more)
+    loss = DenseSoftTargetLoss(box_weight=0.0, class_map=[[0, 3], [2, 1]])
+    value, own, theirs, _ = distil(loss, student, teacher, batch(((64, 64), (64, 64))))
+    (s, *_), (t, *others) = (loss.by_anchor(maps, len(loss.student_taps)) for maps in (own, theirs))
+    s, t = s[:, [0, 2]], t[:, [3, 1]]
+    centerness = others[1] if kind == "FCOS" else None
+    weights = confidence_weights(t, centerness=centerness)
+    expected = dense_class_loss(s, t, weights)
+    if kind == "FCOS":
+        expected = expected + dense_class_loss(loss.by_anchor(own, 3)[2], centerness, weights)
+    torch.testing.assert_close(value, expected)
+    assert value > 0
+    with pytest.raises(ValueError, match="the student has 3 classes and the teacher 4"):
+        distil(DenseSoftTargetLoss(), student, teacher)
+    assert distil(CrossKDLoss(cut=1), student, teacher)[0] > 0  # the classes of the teacher's head on both sides
+
+
 def test_an_rpn_of_other_classes_teaches(tmp_path):
     teacher = tiny_cfg(depth=50, width=8, MODEL__ROI_HEADS__NUM_CLASSES=7)
     assert build_model(distillation_cfg(tmp_path, "RPNSoftTarget", teacher=teacher)).train()(batch())

@@ -394,6 +394,30 @@ class TestCascade:
         expected = sum(soft_target_loss(s.logits, t.logits, temperature=2.0) for s, t in pairs) / 3
         assert value.item() == pytest.approx(expected.item(), rel=1e-6)
 
+    def test_the_teacher_of_a_students_last_stage_is_the_last(self, tmp_path):
+        cascade = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True}
+        two = {
+            "MODEL__ROI_BOX_CASCADE_HEAD__IOUS": [0.5, 0.6],
+            "MODEL__ROI_BOX_CASCADE_HEAD__BBOX_REG_WEIGHTS": [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0]],
+        }
+        teacher = tiny_cfg(depth=50, width=8, **cascade)
+        # Student's stages, and of the three of the teacher those that they are compared with: of units 10, 20 and 30.
+        for opts, stages in (({}, [2]), ({**cascade, **two}, [0, 2]), (cascade, [0, 1, 2])):
+            losses = ("BoundedRegression", "SoftTarget")
+            model = build_model(distillation_cfg(tmp_path, *losses, teacher=teacher, **opts)).train()
+            seen = []
+            model.losses["bounded_regression"].register_forward_hook(lambda m, args, out: seen.append(args[2]))  # noqa: B023
+            model(batch())
+            (context,) = seen
+            assert len(context.region_pairs()) == len(stages)
+            for stage, theirs in enumerate(stages):
+                boxes = context.sampled[stage].boxes
+                expected = RegionHead(model.teacher.roi_heads)(context.teacher_outputs, boxes, theirs)
+                _, found = context.region_pairs()[stage]
+                assert torch.equal(found.logits, expected.logits) and torch.equal(found.deltas, expected.deltas)
+                units = RegionHead(model.student.roi_heads).delta_weights(stage)[0] / (10 * (theirs + 1))
+                assert context.teacher_units(stage) == [units] * 4
+
 
 def test_add_kd_config_changes_no_key_of_detectron2():
     cfg = get_cfg()

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-from kd_det import build_teacher
+from kd_det import build_teacher, student_cfg
 from kd_det.backbones.timm_backbone import flat_key
+from kd_det.cli import taps
+from kd_det.cli.teacher import add_teacher
 from kd_det.teachers import FeatureTeacher, TeacherSource, get_teacher_cfg, register_teacher_source, sources
 from tests.classification.tiny_classifier import classifier_cfg
 from tests.tiny import tiny_cfg
@@ -49,6 +51,26 @@ def test_a_source_is_one_class(own_source, tmp_path):
         build_teacher(cfg("mine://patches"))
 
 
+PROJECT = """
+from torch import nn
+from kd_det.teachers import FeatureTeacher, TeacherSource, register_teacher_source
+
+@register_teacher_source("my")
+class MyTeachers(TeacherSource):
+    def build(self, cfg):
+        return FeatureTeacher(network=nn.Conv2d(3, 8, int(self.path), int(self.path)))
+"""
+
+
+def test_a_projects_source_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "_SOURCES", dict(sources._SOURCES))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_teachers.py").write_text(PROJECT)
+    (tmp_path / "student.yaml").write_text(student_cfg(tiny_cfg()).dump())
+    taps.main(["--config-file", "student.yaml", "--import", "my_teachers.py", "--teacher", "my://16"])
+    assert "teacher, for images of" in (out := capsys.readouterr().out) and "p4" in out
+
+
 def test_a_source_may_bring_weights_that_are_no_file(own_source):
     network = Patches()
     own_source.configure = lambda self, cfg, student: setattr(cfg.MODEL, "WEIGHTS", "mine")
@@ -63,6 +85,15 @@ def test_a_source_may_bring_weights_that_are_no_file(own_source):
 def test_an_unknown_scheme_lists_the_registered_ones(own_source):
     with pytest.raises(ValueError, match="'mime://patches' is a URL. Expected .* as timm://NAME, .*, mine://NAME"):
         build_teacher(cfg("mime://patches"))
+
+
+def test_networks_that_share_no_stride(own_source, tmp_path):
+    """The student has p2 to p6, a network of stride 128 is p7."""
+    own_source.build = lambda self, cfg: FeatureTeacher(network=nn.Conv2d(3, 8, 128, 128))
+    weights = {f"backbone.network.{k}": v for k, v in nn.Conv2d(3, 8, 128, 128).state_dict().items()}
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="The backbones have no level in common: the student's are p2, .*'s 0, p7"):
+        add_teacher(tiny_cfg(), "mine://patches", weights=str(tmp_path / "w.pth"))
 
 
 @pytest.fixture

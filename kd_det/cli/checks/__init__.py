@@ -38,10 +38,12 @@ DETECTOR_CHECKS = (
     classes.check_teacher_classes,
     data.check_evaluators,
     data.check_keypoints,
+    model.check_teacher_evaluation,
 )
 CLASSIFIER_CHECKS = (
     lambda run: check_input(run.cfg),
     lambda run: check_classes(run.cfg, run.training_sets + run.test_sets),
+    model.check_teacher_evaluation,
 )
 
 

@@ -1,16 +1,10 @@
 """Whether the class lists of a run's data sets, its config and its teacher agree."""
 
-import os
-
-from detectron2.data import MetadataCatalog
-
 from kd_det.cli.checks.run import PlannedRun
 from kd_det.errors import UserError
+from kd_det.losses.class_loss import ClassLoss
 from kd_det.student import student_class
-from kd_det.teachers.build import get_teacher_cfg
-
-# Where the number of classes of a meta-architecture stands in its config.
-_NUM_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+from kd_det.teachers.build import NUM_CLASSES, get_teacher_cfg
 
 
 def check_class_lists(run: PlannedRun) -> None:
@@ -21,7 +15,7 @@ def check_class_lists(run: PlannedRun) -> None:
         if others != classes:
             difference = _difference(classes, others)
             raise UserError(f"the data sets '{first}' and '{name}' have different classes: {difference}")
-    node = _NUM_CLASSES.get(student_class(run.cfg).__name__)
+    node = NUM_CLASSES.get(student_class(run.cfg).__name__)
     if node is None:
         return
     key, configured = f"MODEL.{node}.NUM_CLASSES", run.cfg.MODEL[node].NUM_CLASSES
@@ -37,41 +31,26 @@ def check_class_lists(run: PlannedRun) -> None:
 
 
 def check_teacher_classes(run: PlannedRun) -> None:
-    """A loss that compares class by class, with a teacher that is known to have been trained on other classes."""
+    """
+    A project's loss that compares class by class, with a teacher that is known to have been trained on other classes.
+    Losses of kd_det match them by name.
+    """
     losses = getattr(run.model, "losses", {}).values()
-    losses = [type(loss).__name__ for loss in losses if loss.compares_classes]
+    losses = [type(x).__name__ for x in losses if x.compares_classes and not isinstance(x, ClassLoss)]
     known = _known_classes(run)
     if not losses or not known:
         return
     name, classes = next(iter(known.items()))
-    for taught_on, theirs in _classes_of_teacher(run).items():
-        if theirs != classes:
-            raise UserError(
-                f"{', '.join(losses)} compare class by class: the teacher was trained on '{taught_on}' (DATASETS.TRAIN "
-                f"of its config; if it was not, correct it by KD.TEACHER.OPTS), the student learns '{name}': "
-                f"{_difference(theirs, classes)}"
-            )
+    theirs = list(get_teacher_cfg(run.cfg).KD.TEACHER.CLASSES)
+    if theirs and theirs != classes:
+        raise UserError(
+            f"{', '.join(losses)} compare class by class, and the teacher's classes (KD.TEACHER.CLASSES, or "
+            f"DATASETS.TRAIN of its config) are not the student's, of '{name}': {_difference(theirs, classes)}"
+        )
 
 
 def _known_classes(run: PlannedRun) -> dict[str, list[str]]:
     return {name: list(summary.thing_classes) for name, summary in run.datasets.items() if summary.thing_classes}
-
-
-def _classes_of_teacher(run: PlannedRun) -> dict[str, list[str]]:
-    """
-    The class lists that the teacher was trained on, where they are known. The data sets that a config names tell
-    nothing of other weights than its own: of a zoo entry with KD.TEACHER.WEIGHTS, or where the numbers differ.
-    """
-    cfg = get_teacher_cfg(run.cfg)
-    node = run.cfg.KD.TEACHER
-    is_own_file = os.path.isfile(node.CONFIG_FILE)
-    if node.WEIGHTS and not is_own_file and "DATASETS.TRAIN" not in node.OPTS:
-        return {}
-    head = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
-    number = cfg.MODEL[head].NUM_CLASSES if head else None
-    # An unknown name makes an empty entry; data sets that register their classes only when read have none yet.
-    found = {name: list(MetadataCatalog.get(name).get("thing_classes", ())) for name in cfg.DATASETS.TRAIN}
-    return {name: classes for name, classes in found.items() if classes and len(classes) == number}
 
 
 def _difference(one: list[str], other: list[str]) -> str:

@@ -7,6 +7,7 @@ from kd_det.cli.checks.run import PlannedRun, naming
 from kd_det.cli.teacher import choose_losses
 from kd_det.config_file import merge_options
 from kd_det.distiller import Distiller
+from kd_det.engine.teacher_evaluation import TeacherDetector
 from kd_det.errors import IMPORT_HINT, UserError, unknown_name
 from kd_det.losses import build_losses
 from kd_det.random_state import preserved_random_state
@@ -48,6 +49,17 @@ def check_model(run: PlannedRun) -> None:
         run.cfg.freeze()
         losses = build_losses(on_cpu, *networks.values())
         run.model = Distiller(**networks, losses=losses, input_format=on_cpu.INPUT.FORMAT)
+
+
+def check_teacher_evaluation(run: PlannedRun) -> None:
+    """``KD.TEACHER.EVALUATE``: whether there is something to evaluate, and to evaluate on."""
+    teacher = getattr(run.model, "teacher", None)
+    if teacher is None or not run.trains or not run.cfg.KD.TEACHER.EVALUATE:
+        return
+    if not run.test_sets:
+        raise UserError("KD.TEACHER.EVALUATE needs data sets to evaluate on, and DATASETS.TEST is empty")
+    classes = run.datasets[run.test_sets[0]].thing_classes if run.datasets else ()
+    TeacherDetector(run.student, teacher, input_format=run.cfg.INPUT.FORMAT, classes=classes)
 
 
 def check_norms(run: PlannedRun) -> None:
