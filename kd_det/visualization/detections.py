@@ -13,7 +13,7 @@ from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 
-__all__ = ["detection_grid", "draw_detections", "draw_ground_truth", "found_objects"]
+__all__ = ["annotated_objects", "detection_grid", "draw_detections", "draw_ground_truth", "found_objects"]
 
 _GOLDEN = 0.618  # of the circle of hues between two classes: the golden ratio keeps any number of them apart
 _UNNAMED_CLASSES = 1000  # where no data set says how many there are
@@ -36,16 +36,22 @@ def draw_detections(
     return _bgr(_visualizer(image, metadata, width).draw_instance_predictions(found))
 
 
+def annotated_objects(record: dict) -> tuple[Boxes, Tensor]:
+    """The boxes and classes of a dataset dict's annotations, without crowds."""
+    objects = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
+    classes = torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)
+    return Boxes(torch.tensor(boxes).reshape(-1, 4)), classes
+
+
 def found_objects(record: dict, instances: Instances, *, min_score: float = 0.5, min_iou: float = 0.5) -> Tensor:
     """
     Which of the annotated objects of an image, crowds left out, a detector finds, bool (objects,): those with a
     detection of their class, of ``min_score`` or more, that overlaps them by ``min_iou`` or more.
     """
-    objects = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
-    boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
+    boxes, classes = annotated_objects(record)
     found = instances.to("cpu")[instances.scores.cpu() >= min_score]
-    overlaps = pairwise_iou(Boxes(torch.tensor(boxes).reshape(-1, 4)), found.pred_boxes) >= min_iou
-    classes = torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)
+    overlaps = pairwise_iou(boxes, found.pred_boxes) >= min_iou
     return (overlaps & (classes[:, None] == found.pred_classes)).any(1)
 
 

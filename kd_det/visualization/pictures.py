@@ -6,8 +6,10 @@ import torch
 from detectron2.data import Metadata
 from torch import Tensor, nn
 
+from kd_det.features.position_weights import pad_boxes, position_weights
 from kd_det.losses import OverhaulLoss, margin_relu
-from kd_det.visualization.detections import draw_detections, draw_ground_truth
+from kd_det.losses.regions import RegionsLoss
+from kd_det.visualization.detections import annotated_objects, draw_detections, draw_ground_truth
 from kd_det.visualization.maps import (
     channel_response,
     counted_positions,
@@ -18,7 +20,7 @@ from kd_det.visualization.maps import (
 from kd_det.visualization.panels import Chart, Panel, Row, shared_limit
 from kd_det.visualization.view import Sample, Seen, View
 
-__all__ = ["Viewer", "attention_row", "detections_row", "margins_row", "selective_channels_row"]
+__all__ = ["Viewer", "attention_row", "detections_row", "margins_row", "selective_channels_row", "weights_row"]
 
 MOST_SELECTIVE = 5  # channels in a row
 _ATTENTION, _DIFFERENCE = "attention / its mean", "difference of attentions"
@@ -72,6 +74,9 @@ class Viewer:
                 pairs = list(zip(loss.student_taps, loss.teacher_taps))
                 if isinstance(loss, OverhaulLoss) and pair in pairs:
                     rows.append(margins_row(sample, loss, pairs.index(pair), maps))
+                # "proposals" are those of a training step.
+                if getattr(loss, "regions", "all") not in ("all", "proposals") and pair in pairs:
+                    rows.append(weights_row(sample, loss, pair, maps))
             yield pair[0], rows
 
 
@@ -135,6 +140,17 @@ def margins_row(sample: Sample, loss: OverhaulLoss, level: int, maps: Mapping[st
             counted = counted_positions(connector(features[None].to(margin.device))[0], target)
             panels.append(Panel(f"counted, {name}", sample.image, counted.cpu(), 1.0, "share of channels"))
     return Row(f"OFD at {loss.student_taps[level]}", panels)
+
+
+def weights_row(sample: Sample, loss: RegionsLoss, pair: tuple[str, str], maps: Mapping[str, Tensor]) -> Row:
+    """How much each position counts in a loss with ``REGIONS``, by the ground truth; without any, none does."""
+    size = tuple(min(sides) for sides in zip(*(value.shape[1:] for value in maps.values())))
+    boxes, _ = annotated_objects(sample.record)
+    boxes, share = pad_boxes([boxes.tensor], torch.device("cpu")), loss.foreground_share
+    weights = position_weights(loss.regions, boxes, sample.image.shape[:2], size, foreground_share=share)[0, 0]
+    values = weights / weights.mean().clamp(min=1e-30)
+    panel = Panel(f"regions: {loss.regions}", sample.image, values, shared_limit([values]), "weight / its mean")
+    return Row(f"weights of the {loss.name.upper()} loss at {_place(pair)}", [panel])
 
 
 def _place(pair: tuple[str, str]) -> str:

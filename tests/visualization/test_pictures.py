@@ -93,6 +93,17 @@ def test_overhauls_margins_and_counted_positions(tmp_path):
     assert row.panels[0].values.min() < 0 < row.panels[1].values.max() <= 1
 
 
+def test_the_weights_of_regions(tmp_path):
+    cfg = distillation_cfg(tmp_path, "NST", INPUT__MIN_SIZE_TEST=48, KD__NST__REGIONS="boxes")
+    viewer, sample = Viewer(build_model(cfg).eval(), input_format="BGR"), sample_of(cfg, tmp_path, ((48, 72),))
+    rows = next(iter(viewer.rows(sample, viewer(sample))))[1]
+    (panel,) = rows[-1].panels
+    assert rows[-1].title == "weights of the NST loss at p2" and panel.values.shape == (12, 18)
+    # boxes from (2, 3), (7, 7) and (12, 11) to (14, 13), (25, 25) and (36, 37), in cells of 4 pixels
+    assert panel.values[9, 8] == panel.values[0, 0] > 0 and panel.values[10, 8] == panel.values[9, 9] == 0
+    torch.testing.assert_close(panel.values.mean(), torch.tensor(1.0))
+
+
 def test_an_overlay_has_the_legends_colours():
     panel = Panel("", np.full((2, 4, 3), 255, np.uint8), torch.tensor([[0.0, 5.0]]), limit=5)
     drawn = overlay(panel, width=40)
