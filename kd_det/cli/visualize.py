@@ -101,9 +101,11 @@ def _visualize(args: argparse.Namespace) -> None:
             _write(args.output, f"{name}/{tap}.png", pictures)
             everything += pictures
         _write(args.output, f"{name}.png", everything)
-        pair, maps = next(viewer.maps(one))
-        attention = [panel for panel in attention_row(sample, pair, maps).panels if not panel.is_difference]
-        contact_sheet.append(draw_row(Row(f"{name}, attention at {pair[0]}", [*detections.panels, *attention])))
+        panels, title = list(detections.panels), name
+        for pair, maps in list(viewer.maps(one))[:1]:
+            panels += [panel for panel in attention_row(sample, pair, maps).panels if not panel.is_difference]
+            title = f"{name}, attention at {pair[0]}"
+        contact_sheet.append(draw_row(Row(title, panels)))
     _write(args.output, "contact_sheet.png", contact_sheet)
     print(f"{args.output}: {len(samples)} images, {len(viewer.pairs)} taps; start with contact_sheet.png")
 

@@ -7,6 +7,7 @@ from detectron2.data import Metadata
 from torch import Tensor, nn
 
 from kd_det.features.position_weights import pad_boxes, position_weights
+from kd_det.features.taps import tap_module, tap_names
 from kd_det.losses import OverhaulLoss, margin_relu
 from kd_det.losses.regions import RegionsLoss
 from kd_det.visualization.detections import annotated_objects, draw_detections, draw_ground_truth
@@ -34,16 +35,19 @@ class Viewer:
         Args:
             model: in eval mode when an image is looked at.
             input_format: channel order of the samples' inputs.
-            pairs: of a student's and a teacher's tap; none: those that the losses read, or the backbone's levels.
+            pairs: of a student's and a teacher's tap; none: those in the backbone that the losses read, or its levels.
 
         Raises:
             ValueError: a tap that does not exist.
         """
         self.model, self.losses = model, list(getattr(model, "losses", {}).values())
-        used = dict.fromkeys(pair for loss in self.losses for pair in zip(loss.student_taps, loss.teacher_taps))
-        self.pairs = list(pairs) or list(used) or [(name, name) for name in model.backbone.output_shape()]
         student, teacher = getattr(model, "student", model), getattr(model, "teacher", None)
-        own, theirs = zip(*self.pairs)
+        used = dict.fromkeys(pair for loss in self.losses for pair in zip(loss.student_taps, loss.teacher_taps))
+        inside = set(student.backbone.modules())
+        used = [pair for pair in used if tap_module(student, pair[0]) in inside]
+        levels = [name for name in student.backbone.output_shape() if teacher is None or name in tap_names(teacher)]
+        self.pairs = list(pairs) or used or [(name, name) for name in levels]
+        own, theirs = zip(*self.pairs) if self.pairs else ((), ())
         self._student = View(student, own, input_format=input_format, side="student")
         self._teacher = View(teacher, theirs, input_format=input_format, side="teacher") if teacher else None
 

@@ -80,13 +80,16 @@ class View:
     def __call__(self, sample: Sample, device: torch.device) -> Seen:
         """
         Raises:
-            ValueError: a tap whose module gives no map (1, C, h, w) of the image.
+            ValueError: a tap whose module gives no map (1, C, h, w) of the image, or does not keep it in inference.
         """
         image = sample.inputs["image"][self._order].to(device)
         with self.taps.recording():
             outputs = self.model.to(device)([{**sample.inputs, "image": image}])
         found = outputs[0].get("instances") if isinstance(outputs, list) else None
-        maps = self.taps.pop()
+        try:
+            maps = self.taps.pop()
+        except RuntimeError as e:  # the module did not run, or its output was overwritten
+            raise ValueError(f"The {self.side} in inference: {e}") from e
         for tap, values in maps.items():
             if any(value.dim() != 4 or len(value) != 1 for value in values):
                 shapes = ", ".join(str(tuple(value.shape)) for value in values[:3])

@@ -11,10 +11,12 @@ from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from torch import nn
 
+from kd_det import Distiller
 from kd_det.cli.visualize import visualization_hook
 from kd_det.engine import Trainer
+from kd_det.losses import HintLoss
 from kd_det.visualization import Panel, Sample, View, Viewer, detections_row, draw_row, overlay, read_sample
-from tests.tiny import distillation_cfg, tiny_cfg
+from tests.tiny import distillation_cfg, tiny_cfg, tiny_retinanet_cfg
 from tests.tiny_run import differing, run_cfg, train, write_coco
 
 
@@ -68,6 +70,20 @@ def test_a_tap_that_gives_no_map_of_the_image_is_refused(tmp_path):
         view(sample_of(cfg, tmp_path), torch.device("cpu"))
     with pytest.raises(ValueError, match="Unknown tap of the student 'p9'"):
         Viewer(model, input_format="BGR", pairs=[("p9", "p9")])
+
+
+def test_maps_that_inference_overwrites_are_refused_and_not_drawn_unasked(tmp_path):
+    """RetinaNet takes the sigmoid of its head's output in place; a loss that reads it shows the backbone instead."""
+    cfg = tiny_retinanet_cfg(INPUT__MIN_SIZE_TEST=48)
+    model, sample = build_model(cfg).eval(), sample_of(cfg, tmp_path)
+    view = View(model, ["head.cls_score"], input_format="BGR", side="student")
+    with pytest.raises(ValueError, match="The student in inference: tap 'head.cls_score'.* in place"):
+        view(sample, torch.device("cpu"))
+    loss = HintLoss(student_taps=["head.cls_score"], student_channels=[1], teacher_channels=[1])
+    taught = Distiller(student=model, teacher=build_model(tiny_retinanet_cfg()), losses=[loss]).eval()
+    viewer = Viewer(taught, input_format="BGR")
+    assert [s for s, _ in viewer.pairs] == ["p3", "p4", "p5", "p6", "p7"]
+    assert len(list(viewer.rows(sample, viewer(sample)))) == 5
 
 
 def test_a_plain_detector_shows_its_levels(tmp_path):
