@@ -31,6 +31,8 @@ def add_loss_config(cfg: CN, name: str, *, weight: float, taps=(), has_regions: 
     node.STUDENT_TAPS = tuple(taps)
     # Places read in the teacher, paired with the student's in order; empty: the same names.
     node.TEACHER_TAPS = ()
+    # As KD.AUTO_WEIGHT, for this loss; None: KD's. (WEIGHT "auto" in kd_det's commands: KD's, or 0.5.)
+    node.AUTO_WEIGHT = None
     # The loss' own KD.WARMUP_ITERS, KD.STOP_ITER, KD.DECAY and KD.DECAY_START; None: that of KD.
     for key in SCHEDULE_KEYS:
         node[key] = None
@@ -66,6 +68,11 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.DECAY = ""
     # Iteration from which it falls.
     cfg.KD.DECAY_START = 0
+    # Weights that set themselves: the gradient of each loss becomes this part of the gradient of the student's own
+    # losses at the parameters that both train, and a WEIGHT of 0 still switches it off. 0.0: weights are as configured.
+    cfg.KD.AUTO_WEIGHT = 0.0
+    # Training batches on which such weights are measured; then they stay. One more backward pass a loss and batch.
+    cfg.KD.AUTO_WEIGHT_BATCHES = 20
     # Parts of the student that start from the teacher's weights where shapes agree, e.g. ("fpn", "proposal_generator",
     # "roi_heads"); MODEL.WEIGHTS is loaded on top.
     cfg.KD.INHERIT = ()
@@ -74,6 +81,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.NON_FINITE = "stop"
     # Precision of SOLVER.AMP on a GPU: "float16", with scaled gradients, or "bfloat16"; the CPU takes bfloat16.
     cfg.KD.AMP_PRECISION = "float16"
+    # Decay of the average (EMA) of the student's weights that is evaluated and, at the end, saved as model_ema.pth; 0:
+    # no average is kept. Read by kd_det.engine.Trainer.
+    cfg.KD.EMA_DECAY = 0.0
     # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
     cfg.KD.RESUME_SOLVER = "checkpoint"
 
@@ -84,7 +94,8 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER = CN()
     # The teacher: a config file (yaml, or a LazyConfig, .py, which is run), a model-zoo name such as
     # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "torchvision://NAME", "timm://NAME", or "hf://NAME" of a detector
-    # of transformers (of the Hugging Face hub, or a folder).
+    # of transformers (of the Hugging Face hub, or a folder). "ema": the student's own average (mean teacher, arXiv
+    # 1703.01780), which needs no weights.
     cfg.KD.TEACHER.CONFIG_FILE = ""
     # The teacher's weights. Empty: the zoo entry's checkpoint, the library's own, or those that its config file names.
     cfg.KD.TEACHER.WEIGHTS = ""
@@ -101,6 +112,12 @@ def add_kd_config(cfg: CN) -> None:
     # Precision of the teacher's backbone: "float32" (under SOLVER.AMP, as the student's), "bfloat16" or "float16" for
     # half the memory and, on a GPU, less time. The losses are computed in float32 in any case.
     cfg.KD.TEACHER.DTYPE = "float32"
+    # Decay of the average that CONFIG_FILE "ema" is.
+    cfg.KD.TEACHER.EMA_DECAY = 0.999
+    # More teachers, each a dict with keys of KD.TEACHER. With these alone, or a WEIGHT (1.0), it is averaged with
+    # KD.TEACHER (at weight 1.0; it may be left empty). With a NAME and LOSSES it teaches by these, logged as
+    # loss_nst_<name>, with the losses' options but for its own LOSS_OPTS, such as ["KD.NST.WEIGHT", 5.0].
+    cfg.KD.TEACHERS = []
 
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
     node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
@@ -285,7 +302,7 @@ def check_kd_config(node: CN, name: str = "KD") -> None:
     for key, value in node.items():
         if isinstance(value, CN):
             check_kd_config(value, f"{name}.{key}")
-        elif value is None and (name == "KD" or key not in SCHEDULE_KEYS):
+        elif value is None and (name == "KD" or key not in (*SCHEDULE_KEYS, "AUTO_WEIGHT")):
             raise ValueError(f"{name}.{key} is None, and needs a value.")
 
 
@@ -302,7 +319,7 @@ def _add_classification_config(cfg: CN) -> None:
     node.INPUT_SIZE = 0
     # NetworkClassifier only: "torchvision://NAME" or "timm://NAME".
     node.NETWORK = ""
-    # Decay of the average of the weights that is evaluated and exported; 0: no average is kept.
+    # As KD.EMA_DECAY, for this stage alone; 0: KD's.
     node.EMA_DECAY = 0.0
 
     # Folders to register as data sets, as [name, folder] pairs; a folder holds one folder of images a class.

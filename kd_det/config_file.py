@@ -3,6 +3,7 @@ Reading configs, with one line for what is wrong: yaml files safely, and with th
 LazyConfigs, which are Python and are run.
 """
 
+import contextlib
 import copy
 import filecmp
 import importlib
@@ -68,12 +69,14 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         raise ValueError(f"the config {path} inherits from itself, by its _BASE_") from None
     except AssertionError as e:
         raise ValueError(f"{path}: {e}") from e
-    kd = content.get("KD")
-    imports = kd.pop("IMPORTS", None) or [] if isinstance(kd, dict) else []
+    kd = content["KD"] if isinstance(content.get("KD"), dict) else {}
+    imports = kd.pop("IMPORTS", None) or []
     for name in [imports] if isinstance(imports, str) else imports:
         import_project(cfg, name, folder=os.path.dirname(os.path.abspath(path)), where=f"{path}: KD.IMPORTS")
     known = list(cfg.KD.IMPORTS) if "KD" in cfg else None
-    _merge(cfg, cfg.merge_from_file, path, where=path)  # every file that is read unsafely is one of the zoo's
+    values = {name: node.get("WEIGHT") for name, node in kd.items() if isinstance(node, dict)}
+    with _auto_weights(cfg, values):
+        _merge(cfg, cfg.merge_from_file, path, where=path)  # every file that is read unsafely is one of the zoo's
     if known is not None:
         cfg.KD.IMPORTS = known  # by their full paths, so that the config can be dumped into another folder
 
@@ -85,7 +88,9 @@ def merge_options(cfg: CfgNode, options: list, *, where: str) -> None:
     Raises:
         ValueError: an unknown key (names the nearest), a value of another type, or a key without a value.
     """
-    _merge(cfg, cfg.merge_from_list, list(options), where=where)
+    values = {key.split(".")[1]: value for key, value in zip(options[::2], options[1::2]) if _is_weight(key)}
+    with _auto_weights(cfg, values):
+        _merge(cfg, cfg.merge_from_list, list(options), where=where)
 
 
 def import_project(cfg: CfgNode, name: str, *, folder: str = ".", where: str = "--import") -> None:
@@ -225,6 +230,30 @@ def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:
         raise ValueError(f"{where}: a value stands where Detectron2 has a section, or the reverse ({e})") from e
     except (OverflowError, SyntaxError, ValueError) as e:
         raise ValueError(f"{where}: {one_line(e)}") from e
+
+
+@contextlib.contextmanager
+def _auto_weights(cfg: CfgNode, values: dict):
+    """
+    A context in which a loss' ``WEIGHT: "auto"`` can be merged, which Detectron2 refuses for a number. Afterwards the
+    weight is what it was, and the loss has a share of the gradient: KD.AUTO_WEIGHT, or 0.5.
+    """
+    known = {name: node for name, node in cfg.get("KD", {}).items() if isinstance(node, CfgNode)}
+    nodes = [known[name] for name, value in values.items() if value == "auto" and "AUTO_WEIGHT" in known.get(name, ())]
+    weights = [node.WEIGHT for node in nodes]
+    for node in nodes:
+        node.WEIGHT = "auto"
+    try:
+        yield
+    finally:
+        for node, weight in zip(nodes, weights):
+            node.WEIGHT = weight
+    for node in nodes:
+        node.AUTO_WEIGHT = node.AUTO_WEIGHT or cfg.KD.AUTO_WEIGHT or 0.5
+
+
+def _is_weight(key) -> bool:
+    return bool(re.fullmatch(r"KD\.\w+\.WEIGHT", str(key)))
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:

@@ -18,21 +18,22 @@ from kd_det.features.context import StepContext
 from kd_det.features.region_branches import RegionBranch
 from kd_det.features.regions import RegionHead, RegionTaps
 from kd_det.features.taps import Taps
-from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
+from kd_det.losses.auto_weight import measure_auto_weights
+from kd_det.losses.build import DistillationLoss
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
-from kd_det.teachers.build import build_teacher, teacher_dtype
+from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage, run_teacher
 from kd_det.teachers.runner import Teacher, check_teacher
-from kd_det.weights.inherit import inherit_weights
+from kd_det.teaching import (
+    build_teachers_and_losses,
+    check_teaching,
+    distillation_state,
+    load_distillation_state,
+)
 
 __all__ = ["Distiller"]
 
 logger = logging.getLogger(__name__)
-
-# Where a checkpoint keeps what the losses own, and which teacher that belongs to: beside the weights, in the metadata
-# that torch attaches to a state dict and that plain models ignore.
-_STATE_KEY = "kd_det.losses"
-_TEACHER_KEY = "kd_det.teacher"
 
 
 @META_ARCH_REGISTRY.register()
@@ -54,20 +55,23 @@ class Distiller(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: Optional[nn.Module] = None,
+        teacher: "nn.Module | TeacherAverage | None" = None,
         losses: Sequence[DistillationLoss] = (),
         input_format: Optional[str] = None,
         teacher_dtype: torch.dtype = torch.float32,
         missing_teacher: Optional[FileNotFoundError] = None,
+        other_teachers: Sequence[OtherTeacher] = (),
     ):
         """
         Args:
             student: a detector of any meta-architecture with a ``backbone``.
-            teacher: as :func:`kd_det.build_teacher` returns it; is frozen. None only without losses.
+            teacher: as :func:`kd_det.build_teacher` returns it; is frozen. None only without losses. Or several to be
+                averaged, or the student's own average, see :mod:`kd_det.teachers`.
             losses: what is distilled; without any, training is the plain student's, bit for bit.
             input_format: channel order of the images in the batches; default: the student's ``input_format``.
             teacher_dtype: of the teacher's backbone, torch.bfloat16 or torch.float16 for less memory and time.
             missing_teacher: why there is no teacher; is raised in the first training step.
+            other_teachers: further ones, each with its own losses.
 
         Raises:
             ValueError: a tap that does not exist, a loss that the networks cannot serve, losses without a teacher,
@@ -82,44 +86,58 @@ class Distiller(nn.Module):
         self._non_persistent_buffers_set = student._non_persistent_buffers_set
         self._modules.update(student._modules)
         self.losses = nn.ModuleDict()
-        for loss in losses:
-            if loss.name in self.losses:
-                raise ValueError(f"Two losses are named {loss.name!r}; give one of their classes another name.")
-            self.losses[loss.name] = loss
+        groups = [OtherTeacher("", teacher, losses, teacher_dtype), *other_teachers]
+        for group in groups:
+            for loss in group.losses:
+                loss.teacher_name = group.name
+                if loss.label in self.losses:
+                    raise ValueError(f"Two losses are named {loss.label!r}; give one of their classes another name.")
+                self.losses[loss.label] = loss
         self.input_format = input_format or getattr(student, "input_format", None)
         self.missing_teacher = missing_teacher
-        self._teacher: Optional[Teacher] = None
+        self._teachers: Dict[str, Teacher | AveragedTeacher] = {}  # by the name that their losses know
         self._region_taps: Optional[RegionTaps] = None
         if not self.losses:
             return
 
-        if teacher is None:
-            raise ValueError(f"The losses {list(self.losses)} need a teacher, and none was given.")
         if self.input_format is None:
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
-        branches = sorted({loss.branch for loss in losses if loss.branch})
-        needs_regions = bool(branches) or any(loss.needs_regions for loss in losses)
-        check_teacher(teacher, self.input_format)  # before the losses look for its taps
+        every_loss = self.losses.values()
+        for group in groups:
+            if group.losses:
+                self._teachers[group.name] = self._connect(group)
+        self._student_taps = Taps(student, [t for loss in every_loss for t in loss.student_taps], side="student")
+        if any(loss.needs_regions or loss.needs_proposals or loss.branch for loss in every_loss):
+            roi_heads = getattr(student, "roi_heads", None)
+            names = sorted({loss.branch for loss in every_loss if loss.branch})
+            branches = [RegionBranch(roi_heads, name, side="student") for name in names]
+            self._region_taps = RegionTaps(RegionHead(roi_heads, side="student"), branches)
+        # The student outlives the Distiller; the teacher must not live on in a hook of it.
+        handles = [handle for teacher in self._teachers.values() for handle in teacher.handles]
+        weakref.finalize(self, _remove, [*self._student_taps.handles, *handles])
+        self._warned_of_frozen_taps = False
+
+    def _connect(self, group: OtherTeacher) -> "Teacher | AveragedTeacher":
+        """Fit losses to the student and their teacher, and return what runs it."""
+        losses, teacher = group.losses, group.teacher
+        networks = teacher.models if isinstance(teacher, TeacherAverage) else [teacher]
+        if None in networks:
+            raise ValueError(f"The losses {[loss.label for loss in losses]} need a teacher, and none was given.")
+        for network in networks:
+            check_teacher(network, self.input_format)  # before the losses look for its taps
         with preserved_random_state():  # connectors must not shift what training draws
             for loss in losses:
-                loss.connect(student, teacher)
+                check_teaching(loss, networks)
+                loss.connect(self.student, networks[0])
                 loss.to(self.device)
-        self._student_taps = Taps(student, [t for loss in losses for t in loss.student_taps], side="student")
-        self._teacher = Teacher(
+        return run_teacher(
             teacher,
             [t for loss in losses for t in loss.teacher_taps],
             input_format=self.input_format,
-            student=student,
-            with_head=needs_regions,
-            dtype=teacher_dtype,
+            student=self.student,
+            with_head=any(loss.needs_regions or loss.branch for loss in losses),
+            dtype=group.dtype,
         )
-        if needs_regions or any(loss.needs_proposals for loss in losses):
-            roi_heads = getattr(student, "roi_heads", None)
-            branches = [RegionBranch(roi_heads, name, side="student") for name in branches]
-            self._region_taps = RegionTaps(RegionHead(roi_heads, side="student"), branches)
-        # The student outlives the Distiller; the teacher must not live on in a hook of it.
-        weakref.finalize(self, _remove, [*self._student_taps.handles, *self._teacher.handles])
-        self._warned_of_frozen_taps = False
 
     @classmethod
     def from_config(
@@ -128,28 +146,30 @@ class Distiller(nn.Module):
         """``student`` and ``teacher``: the config's, where they are built already."""
         check_kd_config(cfg.KD)
         ret = {"student": student or build_student(cfg), "input_format": cfg.INPUT.FORMAT}
-        if enabled_loss_classes(cfg) or cfg.KD.INHERIT:
-            # What distillation draws at random must not shift what training draws after it.
-            with preserved_random_state():
-                try:
-                    teacher = teacher or build_teacher(cfg)
-                except FileNotFoundError as e:
-                    # A detector is also built from its training's config where it only infers.
-                    logger.warning(f"Without its teacher this model infers, and will not train: {e}")
-                    return {**ret, "missing_teacher": e}
-                inherit_weights(ret["student"], teacher, cfg.KD.INHERIT)
-                ret.update(teacher=teacher, losses=build_losses(cfg, ret["student"], teacher))
-                ret["teacher_dtype"] = teacher_dtype(cfg)
-        return ret
+        try:
+            return {**ret, **build_teachers_and_losses(cfg, ret["student"], teacher)}
+        except FileNotFoundError as e:
+            # A detector is also built from its training's config where it only infers.
+            logger.warning(f"Without its teacher this model infers, and will not train: {e}")
+            return {**ret, "missing_teacher": e}
 
     @property
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
 
     @property
+    def teachers(self) -> List[nn.Module]:
+        """The frozen teachers, which are not submodules."""
+        return [network for teacher in self._teachers.values() for network in teacher.networks]
+
+    @property
     def teacher(self) -> Optional[nn.Module]:
-        """The frozen teacher, which is not a submodule; None without losses."""
-        return self._teacher.model if self._teacher is not None else None
+        """The first of the teachers; None without losses."""
+        return next(iter(self.teachers), None)
+
+    def teacher_of(self, loss: DistillationLoss) -> nn.Module:
+        """The teacher of a loss; of several that are averaged, the first."""
+        return self._teachers[loss.teacher_name].networks[0]
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -165,44 +185,63 @@ class Distiller(nn.Module):
             return self.student(batched_inputs)
         if self.missing_teacher is not None:
             raise self.missing_teacher
-        factors = self._factors()
+        factors = self.factors()
         active = [loss for name, loss in self.losses.items() if factors[name]]
         if not active:
             losses = self.student(batched_inputs)
             return {**losses, **{loss.key: self._zero(loss) for loss in self.losses.values()}}
 
-        # Copied once, for both networks.
+        # Copied once, for all networks.
         batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
         for loss in active:
             batched_inputs = loss.prepare(batched_inputs, self.device)
+        names = {loss.teacher_name for loss in active}
+        teachers = {name: teacher for name, teacher in self._teachers.items() if name in names}
         regions = self._region_taps
-        recording_regions = regions.recording() if regions is not None else contextlib.nullcontext()
-        with self._teacher.running(batched_inputs), self._student_taps.recording(), recording_regions:
+        with contextlib.ExitStack() as contexts:
+            for teacher in teachers.values():
+                teacher.follow(self.student)
+                contexts.enter_context(teacher.running(batched_inputs))
+            contexts.enter_context(self._student_taps.recording())
+            if regions is not None:
+                contexts.enter_context(regions.recording())
             losses = self.student(batched_inputs)
-        features, taught = self._student_taps.pop(), self._teacher.pop()
+        features = self._student_taps.pop()
+        branch_regions = regions.branch_regions() if regions is not None else {}
+        sampled = regions.pop() if regions is not None else None
+        taught = {name: teacher.pop() for name, teacher in teachers.items()}
         self._warn_of_frozen_taps(features)
-        context = StepContext(
-            image_sizes(batched_inputs),
-            taught.canvas,
-            batched_inputs=batched_inputs,
-            task_losses=dict(losses),
-            teacher=self._teacher,
-            teacher_outputs=taught.outputs,
-            student_head=regions.head if regions is not None else None,
-            branch_regions=regions.branch_regions() if regions is not None else {},
-            sampled=regions.pop() if regions is not None else None,
-        )
-        if any(loss.needs_regions for loss in active):
-            context.region_pairs()  # for all losses, before the first
+        steps = {
+            name: StepContext(
+                image_sizes(batched_inputs),
+                maps.canvas,
+                batched_inputs=batched_inputs,
+                task_losses=dict(losses),
+                teacher=teachers[name],
+                teacher_outputs=maps.outputs,
+                student_head=regions.head if regions is not None else None,
+                branch_regions=branch_regions,
+                sampled=sampled,
+            )
+            for name, maps in taught.items()
+        }
+        for name, step in steps.items():
+            if any(loss.needs_regions and loss.teacher_name == name for loss in active):
+                step.region_pairs()  # for all losses, before the first
+        values = {}
+        for loss in active:
+            theirs = _at(taught[loss.teacher_name].features, loss.teacher_taps)
+            values[loss] = loss(_at(features, loss.student_taps), theirs, steps[loss.teacher_name])
+        if any(loss.auto is not None and loss.auto.is_measuring for loss in active):
+            measure_auto_weights(sum(losses.values()), values, self.student)
+            factors = self.factors()
         for name, loss in self.losses.items():
             if loss.key in losses:
                 raise ValueError(f"The student already has a loss {loss.key!r}; name the distillation loss otherwise.")
-            if not factors[name]:
+            if loss not in values:
                 losses[loss.key] = self._zero(loss)
                 continue
-            own, theirs = _at(features, loss.student_taps), _at(taught.features, loss.teacher_taps)
-            value = loss(own, theirs, context)
-            losses[loss.key] = value if factors[name] == 1 else factors[name] * value
+            losses[loss.key] = values[loss] if factors[name] == 1 else factors[name] * values[loss]
         return losses
 
     @torch.no_grad()
@@ -213,12 +252,15 @@ class Distiller(nn.Module):
         get the same result.
         """
         for batched_inputs in batches:
-            maps = self._teacher(batched_inputs, self.device)
-            context = StepContext(image_sizes(batched_inputs), maps.canvas, batched_inputs=batched_inputs)
-            for loss in self.losses.values():
-                loss.observe(_at(maps.features, loss.teacher_taps), context)
+            for name, teacher in self._teachers.items():
+                teacher.follow(self.student)
+                maps = teacher(batched_inputs, self.device)
+                context = StepContext(image_sizes(batched_inputs), maps.canvas, batched_inputs=batched_inputs)
+                for loss in (loss for loss in self.losses.values() if loss.teacher_name == name):
+                    loss.observe(_at(maps.features, loss.teacher_taps), context)
 
-    def _factors(self) -> Dict[str, float]:
+    def factors(self) -> Dict[str, float]:
+        """What each loss is multiplied by in this iteration; 0 where it is off."""
         scheduled = not all(loss.schedule.is_constant for loss in self.losses.values())
         if scheduled and not has_event_storage():
             raise RuntimeError(
@@ -248,34 +290,13 @@ class Distiller(nn.Module):
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """The student's state dict; what the losses own is in its metadata."""
         ret = self.student.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        state = self.losses.state_dict()
-        if state:
-            ret._metadata[_STATE_KEY] = dict(state)
-            ret._metadata[_TEACHER_KEY] = self._teacher.fingerprint
+        ret._metadata.update(distillation_state(self.losses, self._teachers))
         return ret
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
-        """Load a student's state dict and, where its metadata holds them for this teacher, what the losses own."""
-        metadata = getattr(state_dict, "_metadata", {})
-        state = metadata.get(_STATE_KEY, {})
-        if self.losses.state_dict():
-            made_with = metadata.get(_TEACHER_KEY)  # checkpoints of kd_det 0.1.0 do not have it
-            if state and made_with not in (None, self._teacher.fingerprint):
-                logger.warning("The weights were distilled from another teacher: connectors and margins start anew.")
-                state = {}
-            self._load_losses(state)
+        """Load a student's state dict and, where its metadata holds them for their teachers, what the losses own."""
+        load_distillation_state(getattr(state_dict, "_metadata", {}), self.losses, self._teachers)
         return self.student.load_state_dict(state_dict, strict, **kwargs)
-
-    def _load_losses(self, state: Dict[str, Tensor]) -> None:
-        """Restore each loss whose whole state is there in its shapes."""
-        for name, loss in self.losses.items():
-            own = {key: tuple(value.shape) for key, value in loss.state_dict().items()}
-            saved = {key.removeprefix(f"{name}."): v for key, v in state.items() if key.startswith(f"{name}.")}
-            saved = loss.upgrade_state(saved) if saved else saved
-            if own and {key: tuple(value.shape) for key, value in saved.items()} == own:
-                loss.load_state_dict(saved)
-            elif own:
-                logger.info(f"The weights hold no state for {loss.key}: its connectors and margins start anew.")
 
 
 def _remove(handles: list) -> None:

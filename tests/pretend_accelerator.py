@@ -178,11 +178,13 @@ def _without_device_autocast():
         def __new__(cls, device_type, *args, **kwargs):
             return contextlib.nullcontext() if device_type == DEVICE.type else super().__new__(cls)
 
+    is_enabled = torch.is_autocast_enabled
     torch.autocast = Autocast
+    torch.is_autocast_enabled = lambda *device: device != (DEVICE.type,) and is_enabled(*device)
     try:
         yield
     finally:
-        torch.autocast = autocast
+        torch.autocast, torch.is_autocast_enabled = autocast, is_enabled
 
 
 def on_device(tensor: torch.Tensor) -> torch.Tensor:

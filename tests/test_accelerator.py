@@ -38,8 +38,8 @@ def step(model, inputs, iterations: int = 1):
     """The losses of the last step with their backward, on the device."""
     with Accelerator() as accelerator, EventStorage() as storage:
         place(model)
-        if getattr(model, "teacher", None) is not None:
-            place(model.teacher)
+        for teacher in getattr(model, "teachers", ()):
+            place(teacher)
         for _ in range(iterations):
             model.zero_grad()
             accelerator.reset()
@@ -191,3 +191,26 @@ def test_a_box_on_the_host_is_no_mix_of_devices(tmp_path):
     assert isinstance(inputs[0]["instances"].gt_boxes, Boxes)
     model = build_model(distillation_cfg(tmp_path, "FGD", "DKD")).train()
     step(model, inputs)
+
+
+def test_weights_that_set_themselves_wait_once_for_each_batch_they_measure(tmp_path):
+    opts = {"KD__AUTO_WEIGHT": 0.5, "KD__AUTO_WEIGHT_BATCHES": 2}
+    for iterations, expected in ((1, 1), (2, 1), (3, 0)):
+        model = build_model(distillation_cfg(tmp_path, "NST", "SoftTarget", **opts)).train()
+        waits = step(model, batch(), iterations)[1].waits
+        # Besides those of Detectron2's own backward, which runs once more for each loss.
+        assert sum(n for where, n in waits.items() if "auto_weight" in where and "index_put" not in where) == expected
+
+
+def test_the_students_average_teaches_without_waits(tmp_path):
+    ema = {"KD__TEACHER__CONFIG_FILE": "ema", "KD__TEACHER__WEIGHTS": ""}
+    waits, kernels, where = added(tmp_path, ["NST", "SoftTarget"], batch, **ema)
+    assert waits <= MOST_WAITS and kernels <= MOST_KERNELS, (where, kernels)
+
+
+def test_teachers_beside_each_other(tmp_path):
+    cfg = distillation_cfg(tmp_path, "NST", "SoftTarget", "BoundedRegression")
+    files = {"CONFIG_FILE": cfg.KD.TEACHER.CONFIG_FILE, "WEIGHTS": cfg.KD.TEACHER.WEIGHTS}
+    cfg.KD.TEACHERS = [files, {**files, "NAME": "b", "LOSSES": ["Hint", "SoftTarget"]}]
+    losses, _ = step(build_model(cfg).train(), batch(), iterations=2)
+    assert {"loss_nst", "loss_hint_b", "loss_soft_target_b"} < set(losses)

@@ -23,6 +23,7 @@ class GradientAttentionLoss(DistillationLoss):
 
     name = "gradient_at"
     needs_taps = False
+    needs_one_teacher = True
 
     @configurable
     def __init__(self, **kwargs):

@@ -5,6 +5,7 @@ from torch import nn
 
 from kd_det.distiller import Distiller
 from kd_det.features.taps import tap_shape
+from kd_det.losses.build import DistillationLoss
 from kd_det.losses.schedule import Schedule
 
 __all__ = ["distillation_summary"]
@@ -15,9 +16,13 @@ def distillation_summary(model: Distiller) -> str:
     rows = []
     for name, loss in model.losses.items():
         pairs = zip(loss.student_taps, loss.teacher_taps)
-        taps = [f"{_place(model.student, s)} <- {_place(model.teacher, t)}" for s, t in pairs]
-        rows.append((name, f"{loss.weight:g}", _schedule(loss.schedule), "\n".join(taps) or "regions or logits"))
+        taps = [f"{_place(model.student, s)} <- {_place(model.teacher_of(loss), t)}" for s, t in pairs]
+        rows.append((name, _weight(loss), _schedule(loss.schedule), "\n".join(taps) or "regions or logits"))
     return tabulate(rows, headers=("loss", "weight", "schedule", "student <- teacher"), tablefmt="simple")
+
+
+def _weight(loss: DistillationLoss) -> str:
+    return f"{loss.weight:g}" if loss.auto is None else f"auto ({loss.auto.share:g})"
 
 
 def _place(network: nn.Module, tap: str) -> str:

@@ -53,7 +53,12 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
         trainer.register_hooks([visualization_hook(cfg, model)])
     if cfg.TEST.AUG.ENABLED:
         student = getattr(model, "student", model)
-        trainer.register_hooks([hooks.EvalHook(0, lambda: test_with_augmentation(cfg, student, trainer_class))])
+
+        def evaluate_with_augmentation():
+            with trainer.averaged():
+                return test_with_augmentation(cfg, student, trainer_class)
+
+        trainer.register_hooks([hooks.EvalHook(0, evaluate_with_augmentation)])
     if getattr(model, "losses", None):
         logger.info(f"Distillation:\n{distillation_summary(model)}")
     return trainer.train()

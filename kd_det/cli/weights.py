@@ -48,7 +48,9 @@ def _propose(args: argparse.Namespace) -> None:
     with EventStorage():
         sizes = measure_losses(model, itertools.islice(batches, args.batches), share=args.share)
     print(format_sizes(sizes))
-    print(*(f"KD.{size.name.upper()}.WEIGHT {size.proposed:.3g}" for size in sizes if size.proposed is not None))
+    # The weights of further teachers' losses stand in their LOSS_OPTS, in KD.TEACHERS.
+    proposed = [size for size in sizes if size.proposed is not None and not model.losses[size.name].teacher_name]
+    print(*(f"KD.{size.name.upper()}.WEIGHT {size.proposed:.3g}" for size in proposed))
 
 
 def get_parser() -> argparse.ArgumentParser:

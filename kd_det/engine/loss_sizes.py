@@ -4,12 +4,10 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from tabulate import tabulate
-from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from kd_det.distiller import Distiller
+from kd_det.losses.auto_weight import AutoWeight, gradient_sizes
 
 __all__ = ["LossSize", "format_sizes", "measure_losses"]
 
@@ -24,7 +22,8 @@ class LossSize:
         weight: its weight; 1 for "task".
         value: the weighted loss.
         gradient: L2 norm of the weighted loss' gradient at the student's parameters.
-        proposed: the weight at which that norm is ``share`` of the task's; None for "task".
+        proposed: the weight at which that norm is ``share`` of the task's, outside warm-up; None for "task".
+        cosine: of the angle between that gradient and the task's; negative where they work against each other.
     """
 
     name: str
@@ -32,14 +31,15 @@ class LossSize:
     value: float
     gradient: float
     proposed: float | None
+    cosine: float = 1.0
 
 
 def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: float = 0.5) -> list[LossSize]:
     """
     Measure every loss of a Distiller and its gradient over some batches. Nothing is trained.
 
-    Gradients are compared at the student's own parameters that the task losses reach: elsewhere a loss does not compete
-    with the task. Schedules are measured as they stand at the current iteration.
+    Gradients are those of :func:`kd_det.losses.auto_weight.gradient_sizes`, and weights that set themselves are held
+    meanwhile. Schedules are measured as they stand at the current iteration.
 
     Args:
         model: in training mode, inside an ``EventStorage``.
@@ -54,42 +54,41 @@ def measure_losses(model: Distiller, batches: Iterable[list[dict]], *, share: fl
     if not model.losses:
         raise ValueError("The model has no distillation losses to measure: KD.LOSSES is empty, or all weights are 0.")
     parameters = [p for p in model.student.parameters() if p.requires_grad]
+    automatic = {loss: loss.auto for loss in model.losses.values()}
+    for loss in automatic:
+        loss.auto = None
+    proposals = {name: AutoWeight(share, 1) for name in model.losses}
     found: dict[str, list[list[float]]] = {}
-    for batched_inputs in batches:
-        losses = model(batched_inputs)
-        terms = {name: losses.pop(loss.key) for name, loss in model.losses.items()}
-        terms["task"] = sum(losses.values())
-        reached = _gradients(terms["task"], parameters).keys()
-        for name, term in terms.items():
-            gradients = _gradients(term, reached)
-            found.setdefault(name, []).append([term.item(), get_total_norm(gradients.values()).item()])
+    try:
+        for batched_inputs in batches:
+            losses, factors = model(batched_inputs), model.factors()
+            terms = {name: losses.pop(loss.key) for name, loss in model.losses.items()}
+            terms = {"task": sum(losses.values()), **terms}
+            rows = gradient_sizes(terms["task"], list(terms.values())[1:], parameters).tolist()
+            for (name, term), (norm, cosine, _) in zip(terms.items(), rows, strict=True):
+                found.setdefault(name, []).append([term.item(), norm, cosine])
+                if factors.get(name):
+                    proposals[name].add(rows[0][0], norm / factors[name])
+    finally:
+        for loss, auto in automatic.items():
+            loss.auto = auto
     if not found:
         raise ValueError("There is no batch to measure losses on.")
-    means = {name: list(map(statistics.fmean, zip(*values))) for name, values in found.items()}
-    task = LossSize("task", 1.0, *means["task"], None)
-    ret = [task]
-    for name, loss in model.losses.items():
-        value, gradient = means[name]
-        proposed = loss.weight * share * task.gradient / gradient if gradient else None
-        ret.append(LossSize(name, loss.weight, value, gradient, proposed))
+    weights = {"task": 1.0, **{name: loss.weight for name, loss in model.losses.items()}}
+    ret = []
+    for name, rows in found.items():
+        value, gradient, cosine = map(statistics.fmean, zip(*rows))
+        proposed = proposals[name].weight if name in proposals else None
+        ret.append(LossSize(name, weights[name], value, gradient, proposed, cosine))
     return ret
-
-
-def _gradients(loss: Tensor, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """The gradients of the parameters that a loss reaches."""
-    parameters = list(parameters)
-    if not loss.requires_grad or not parameters:
-        return {}
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return {parameter: g for parameter, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 def format_sizes(sizes: list[LossSize]) -> str:
     """A table of what :func:`measure_losses` found."""
     reference = sizes[0].gradient
     rows = [
-        (s.name, s.weight, s.value, s.gradient, s.gradient / reference if reference else None, s.proposed)
+        (s.name, s.weight, s.value, s.gradient, s.gradient / reference if reference else None, s.cosine, s.proposed)
         for s in sizes
     ]
-    headers = ("loss", "weight", "value", "gradient", "of the task's", "proposed weight")
+    headers = ("loss", "weight", "value", "gradient", "of the task's", "cosine", "proposed weight")
     return tabulate(rows, headers=headers, floatfmt=".3g", tablefmt="simple")

@@ -1,5 +1,6 @@
 """Detectron2's ``DefaultTrainer`` with evaluators and exact resumption, on any number of processes and devices."""
 
+import contextlib
 import logging
 import os
 import weakref
@@ -13,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from kd_det.data import DatasetError, evaluator_type
+from kd_det.engine.average import AverageStatistics, AverageWeights, plain_model
 from kd_det.engine.evaluation import COCOEvaluator, test_with_augmentation
 from kd_det.engine.loader import build_train_loader
 from kd_det.engine.resuming import RESUME_SOLVER, load_optimizer
@@ -21,6 +23,7 @@ from kd_det.engine.stopping import CheckpointHook, StopSignals
 from kd_det.engine.teacher_evaluation import EvaluateTeacher
 from kd_det.errors import UserError, one_line, unknown_name
 from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
+from kd_det.weights.average import WeightAverage
 from kd_det.weights.checkpoint import SafeCheckpointer
 from kd_det.weights.strict import load_strictly
 
@@ -45,7 +48,12 @@ class Trainer(DefaultTrainer):
     A run that was killed and resumed ends, on the CPU, bit for bit as one that was never stopped:
     checkpoints also hold the optimizer (which v0.6's own leave out), the random state of every process and the order
     of the data. For the latter, ``build_train_loader`` must return a :class:`ResumableLoader`.
+
+    With ``KD.EMA_DECAY``, the average of the student's weights is what is evaluated; checkpoints hold both, and at the
+    end ``OUTPUT_DIR/model_ema.pth`` is a plain student of the average.
     """
+
+    average: WeightAverage | None = None
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
@@ -97,7 +105,15 @@ class Trainer(DefaultTrainer):
         return scaled
 
     def build_hooks(self) -> list:
-        ret = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
+        # DefaultTrainer's __init__ calls this with the model built and nothing loaded.
+        decay = self.ema_decay(self.cfg)
+        if decay:
+            self.average = WeightAverage(plain_model(self.model), decay)
+        ret = [
+            hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, hooks.EvalHook) else hook
+            for hook in super().build_hooks()
+            if not isinstance(hook, hooks.PeriodicCheckpointer)
+        ]
         before_evaluation = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
         ret.insert(before_evaluation, CheckpointHook(self.checkpointer, *periods, self._signals))
@@ -108,11 +124,41 @@ class Trainer(DefaultTrainer):
         self._loaders = [loader for loader in (self.data_loader, *loaders) if hasattr(loader, "start_at")]
         for loader in self._loaders[1:]:
             loader.load_state_dict(self._loaders[0].state_dict())
-        return ret
+        if self.average is None:
+            return ret
+        self.checkpointer.add_checkpointable("ema", self.average)
+        # Before the checkpointer, so that a checkpoint holds the averages of its own weights.
+        return [AverageStatistics(), AverageWeights(), *ret]
+
+    @classmethod
+    def ema_decay(cls, cfg: CfgNode) -> float:
+        """The decay of the average of the weights, 0 for none."""
+        return cfg.get("KD", {}).get("EMA_DECAY", 0.0)
+
+    def averaged(self):
+        """A context in which the student's weights are their average, if one is kept."""
+        return self.average.applied() if self.average is not None else contextlib.nullcontext()
+
+    @property
+    def non_finite_steps(self) -> int:
+        """Steps that were skipped so far (``KD.NON_FINITE``)."""
+        return self._trainer.non_finite_steps
+
+    @property
+    def _tester(self) -> type["Trainer"]:
+        """The class whose ``test`` evaluates during training."""
+        return type(self)
+
+    def _evaluate(self):
+        with self.averaged():
+            self._last_eval_results = self._tester.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; ``ValueError`` or ``OSError`` for a checkpoint that is missing, damaged, or does not fit."""
         super().resume_or_load(resume)
+        if self.average is not None:
+            self.average.start()
         if not self.start_iter:
             return
         if not self._loaders:

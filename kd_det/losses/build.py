@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kd_det.config import SCHEDULE_KEYS
 from kd_det.errors import IMPORT_HINT, unknown_name
 from kd_det.features.taps import tap_shape
+from kd_det.losses.auto_weight import AutoWeight
 from kd_det.losses.schedule import Schedule
 
 __all__ = ["DISTILLATION_LOSS_REGISTRY", "NO_IMAGES", "DistillationLoss", "build_losses", "loss_class", "tap_channels"]
@@ -40,6 +41,9 @@ class DistillationLoss(nn.Module):
             then have ROI heads.
         branch: "mask" or "keypoint" if it reads ``context.branch_pair(branch)``; both networks must then have the head.
         compares_classes: whether it compares class by class; both networks must then have the same classes.
+        needs_one_teacher: whether it reads the teacher's network itself, not only its maps and its predictions for
+            regions; it cannot be taught by an average of several then.
+        teacher_name: of a further teacher (the loss is logged as ``loss_<name>_<teacher_name>``); set by the Distiller.
     """
 
     name: str
@@ -48,6 +52,8 @@ class DistillationLoss(nn.Module):
     needs_proposals = False
     branch: Optional[str] = None
     compares_classes = False
+    needs_one_teacher = False
+    teacher_name = ""
 
     def __init__(
         self,
@@ -59,6 +65,8 @@ class DistillationLoss(nn.Module):
         stop_iter: int = -1,
         decay: str = "",
         decay_start: int = 0,
+        auto_weight: float = 0.0,
+        auto_weight_batches: int = 20,
     ):
         """
         Args:
@@ -66,6 +74,10 @@ class DistillationLoss(nn.Module):
             teacher_taps: places read in the teacher, paired in order. None or empty: the student's names.
             weight: the factor of this loss in the total, not negative.
             warmup_iters, stop_iter, decay, decay_start: see :class:`kd_det.losses.schedule.Schedule`.
+            auto_weight: > 0: the weight sets itself so that the loss' gradient is this part of the task's;
+                ``weight`` then only tells whether the loss is on.
+            auto_weight_batches: the training batches on which it does, see
+                :func:`kd_det.losses.auto_weight.measure_auto_weights`.
 
         Raises:
             ValueError: numbers of taps that differ, or a weight or iteration out of range, or an unknown decay.
@@ -87,6 +99,7 @@ class DistillationLoss(nn.Module):
         self.weight = weight
         try:
             self.schedule = Schedule(warmup_iters, stop_iter, decay, decay_start)
+            self.auto = AutoWeight(auto_weight, auto_weight_batches) if auto_weight else None
         except ValueError as e:
             raise ValueError(f"{type(self).__name__}: {e}") from None
 
@@ -102,11 +115,18 @@ class DistillationLoss(nn.Module):
             "teacher_taps": node.TEACHER_TAPS,
             "weight": node.WEIGHT,
             **schedule,
+            "auto_weight": cfg.KD.AUTO_WEIGHT if node.AUTO_WEIGHT is None else node.AUTO_WEIGHT,
+            "auto_weight_batches": cfg.KD.AUTO_WEIGHT_BATCHES,
         }
 
     @property
+    def label(self) -> str:
+        """Its name among the losses of a Distiller."""
+        return f"{self.name}_{self.teacher_name}" if self.teacher_name else self.name
+
+    @property
     def key(self) -> str:
-        return f"loss_{self.name}"
+        return f"loss_{self.label}"
 
     def factor(self, iteration: int) -> float:
         """The factor of this loss in the total at an iteration."""

@@ -34,8 +34,9 @@ def align_scale(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None
     Raises:
         ValueError: see :func:`kd_det.losses._spatial.match_maps`.
     """
-    student, teacher, _, invalid, _ = match_maps("align_scale", student, teacher, valid, same_channels=True)
-    (s_mean, s_var), (t_mean, t_var) = (_statistics(x, invalid) for x in (student, teacher))
+    maps = match_maps("align_scale", student, teacher, valid, same_channels=True)
+    student, teacher = maps.student, maps.teacher
+    (s_mean, s_var), (t_mean, t_var) = (_statistics(x, maps.invalid) for x in (student, teacher))
     # Bounds the gradient of a channel that is constant; the convolutions of a new head have variances of 1e-4.
     return (student - s_mean) * (t_var.sqrt() * (s_var + 1e-8).rsqrt()) + t_mean
 
@@ -99,6 +100,7 @@ class CrossKDLoss(DenseHeadLoss):
 
     name = "cross_kd"
     compares_classes = False  # both sides are the teacher's head, so they are its classes
+    needs_one_teacher = True
 
     @configurable
     def __init__(self, *, cut: int = 3, **kwargs):

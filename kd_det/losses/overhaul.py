@@ -169,6 +169,7 @@ class OverhaulLoss(RegionsLoss, ConnectedLoss):
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
         self._observed = 0
         self._closed_form = None if isinstance(margin, str) else margin
+        self.needs_one_teacher = self._closed_form is not None
         if self._is_built:
             self._set_closed_form()
 

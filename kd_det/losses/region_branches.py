@@ -61,6 +61,7 @@ class _BranchLoss(DistillationLoss):
     """What both losses share."""
 
     needs_taps = False
+    needs_one_teacher = True
 
     @configurable
     def __init__(self, *, temperature: float = 1.0, **kwargs):

@@ -13,12 +13,16 @@ from kd_det.config import add_kd_config
 from kd_det.config_file import add_missing_keys
 from kd_det.errors import unknown_name
 from kd_det.teachers import feature_teacher, files  # noqa: F401  register their sources
+from kd_det.teachers.ema import ema_teacher
 from kd_det.teachers.sources import teacher_source
 from kd_det.weights.strict import load_strictly
 
-__all__ = ["build_teacher", "build_teacher_architecture", "get_teacher_cfg", "load_teacher"]
+__all__ = ["OWN_AVERAGE", "build_teacher", "build_teacher_architecture", "get_teacher_cfg", "load_teacher"]
 
 logger = logging.getLogger(__name__)
+
+# As KD.TEACHER.CONFIG_FILE: the student's own average, see kd_det.teachers.ema.
+OWN_AVERAGE = "ema"
 
 
 def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
@@ -38,6 +42,8 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
             "KD.TEACHER.CONFIG_FILE is empty: distillation needs the teacher's config, a yaml file or a model-zoo "
             "name such as 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml' (--teacher on the command line)."
         )
+    if name == OWN_AVERAGE:
+        return _own_average_cfg(cfg)
     source = teacher_source(name)
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
@@ -89,6 +95,10 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     model = build_teacher_architecture(teacher_cfg)
     if getattr(model, "input_format", None) is None:
         model.input_format = teacher_cfg.INPUT.FORMAT
+    if cfg.KD.TEACHER.CONFIG_FILE == OWN_AVERAGE:
+        if unused := [key for key in ("WEIGHTS", "EVALUATE") if cfg.KD.TEACHER[key]]:
+            raise ValueError(f"KD.TEACHER.{unused[0]} is not for CONFIG_FILE {OWN_AVERAGE!r}, the student's average.")
+        return ema_teacher(model.to(teacher_cfg.MODEL.DEVICE), cfg.KD.TEACHER.EMA_DECAY)
     read = teacher_source(cfg.KD.TEACHER.CONFIG_FILE).read_weights(teacher_cfg)
     load_strictly(model, teacher_cfg.MODEL.WEIGHTS, who=f"teacher {cfg.KD.TEACHER.CONFIG_FILE!r}", read=read)
     parameters = sum(p.numel() for p in model.parameters())
@@ -126,3 +136,18 @@ def load_teacher(*, model: nn.Module, weights: str, input_format: Optional[str] 
     if input_format is not None:
         model.input_format = input_format
     return model.eval().requires_grad_(False)
+
+
+def _own_average_cfg(cfg: CfgNode) -> CfgNode:
+    """The student's config; its weights are those of the student's first step."""
+    if cfg.KD.TEACHER.OPTS:
+        raise ValueError(f"KD.TEACHER.OPTS is not for CONFIG_FILE {OWN_AVERAGE!r}, the student's own average.")
+    if cfg.KD.INHERIT:
+        raise ValueError(f"KD.INHERIT needs a trained teacher, and KD.TEACHER.CONFIG_FILE is {OWN_AVERAGE!r}.")
+    teacher_cfg = cfg.clone()
+    teacher_cfg.defrost()
+    if teacher_cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.KD.STUDENT.META_ARCHITECTURE
+    teacher_cfg.MODEL.WEIGHTS = teacher_cfg.MODEL.TIMM.WEIGHTS = ""
+    teacher_cfg.freeze()
+    return teacher_cfg

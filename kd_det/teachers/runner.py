@@ -158,6 +158,20 @@ class Teacher:
         finally:
             self._outputs, self._canvas = {}, None
 
+    @property
+    def networks(self) -> List[nn.Module]:
+        return [self.model]
+
+    def follow(self, student: nn.Module) -> None:
+        """Called before the forward of a training batch, for a teacher whose weights follow the student's."""
+
+    def state_dict(self) -> Dict:
+        """What of the teacher a checkpoint must keep; of one that is frozen, nothing."""
+        return {}
+
+    def load_state_dict(self, state: Dict) -> None:
+        """Restore what :meth:`state_dict` gave; an empty one starts anew."""
+
     def inputs(self, batched_inputs: List[Dict]) -> List[Dict]:
         """The student's inputs with the channels of their images in the teacher's order."""
         if self._order is None:

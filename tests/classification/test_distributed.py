@@ -7,10 +7,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
-from kd_det.classification.average import AverageStatistics
 from kd_det.classification.data import register_image_folder
 from kd_det.classification.trainer import ClassificationTrainer
 from kd_det.engine import evaluate
+from kd_det.engine.average import AverageStatistics
 from tests.classification.tiny_classifier import classifier_cfg, distilled_cfg, images, set_options, write_folder
 from tests.engine.test_distributed import _in_fork, on_two_ranks, step
 from tests.tiny_run import train

@@ -19,7 +19,8 @@ from kd_det import add_kd_config
 from kd_det.config_file import merge_config_file, merge_options
 from kd_det.features.classes import match_classes
 from kd_det.losses.build import loss_class
-from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
+from kd_det.teachers.build import OWN_AVERAGE, build_teacher_architecture, get_teacher_cfg
+from kd_det.teachers.ensemble import planned_teachers
 from tests.tiny import LOSSES, batch
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -72,11 +73,13 @@ def shrink(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.TIMM.NAME == "mobilenetv2_100":
         opts += ["MODEL.TIMM.NAME", "mobilenetv2_035"]
     merge_options(cfg, opts, where="test")
-    groups = 2 if "X_101" in cfg.KD.TEACHER.CONFIG_FILE else 1
-    cfg.KD.TEACHER.OPTS = [
-        *cfg.KD.TEACHER.OPTS, *SMALL, *NARROW,
-        "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NUM_GROUPS", groups, "MODEL.RESNETS.WIDTH_PER_GROUP", 4 // groups,
-    ]  # fmt: skip
+    for teacher in (cfg.KD.TEACHER, *cfg.KD.TEACHERS):
+        groups = 2 if "X_101" in teacher["CONFIG_FILE"] else 1
+        if teacher["CONFIG_FILE"] != OWN_AVERAGE:
+            teacher["OPTS"] = [
+                *teacher.get("OPTS", ()), *SMALL, *NARROW, "MODEL.RESNETS.DEPTH", 50,
+                "MODEL.RESNETS.NUM_GROUPS", groups, "MODEL.RESNETS.WIDTH_PER_GROUP", 4 // groups,
+            ]  # fmt: skip
     return cfg
 
 
@@ -134,7 +137,9 @@ def one_step(cfg: CfgNode, folder) -> dict:
         cfg.DATASETS.TRAIN = trained_on
         cfg.KD.TEACHER.CLASSES = MetadataCatalog.get("coco_2017_train").thing_classes
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
-        cfg.KD.TEACHER.WEIGHTS = teacher_weights(cfg, folder)
+        for plan, node in zip(planned_teachers(cfg), (cfg.KD.TEACHER, *cfg.KD.TEACHERS), strict=True):
+            if node["CONFIG_FILE"] != OWN_AVERAGE:
+                node["WEIGHTS"] = teacher_weights(plan.cfg, folder)
     torch.manual_seed(0)
     model = build_model(cfg).train()
     losses = model(training_batch(cfg))
@@ -149,7 +154,9 @@ def check_losses(cfg: CfgNode, losses: dict):
     assert expected <= set(losses)
     assert all(np.isfinite(value) for value in losses.values())
     for name in expected:
-        assert losses[name] > 0 or name == "loss_bounded_regression", name  # 0 where the student is better
+        # 0 where the student is better, and where the teacher begins as the student.
+        may_be_0 = name == "loss_bounded_regression" or cfg.KD.TEACHER.CONFIG_FILE == OWN_AVERAGE
+        assert losses[name] > 0 or may_be_0 and losses[name] > -1e-6, name
     assert any("cls" in name for name in set(losses) - expected)
     assert ("loss_mask" in losses) == cfg.MODEL.MASK_ON
     assert ("loss_keypoint" in losses) == cfg.MODEL.KEYPOINT_ON
@@ -160,7 +167,7 @@ def test_every_file_loads(name):
     cfg = load(name)
     weights = cfg.MODEL.WEIGHTS
     assert "Base-" in name or len((ROOT / name).read_text().splitlines()) <= 35
-    if cfg.KD.TEACHER.CONFIG_FILE and not cfg.KD.TEACHER.WEIGHTS:
+    if cfg.KD.TEACHER.CONFIG_FILE not in ("", OWN_AVERAGE) and not cfg.KD.TEACHER.WEIGHTS:
         weights = get_teacher_cfg(cfg).MODEL.WEIGHTS
         assert weights.startswith("https://dl.fbaipublicfiles.com/detectron2/") and weights.endswith(".pkl")
 

@@ -183,3 +183,20 @@ def test_memory_is_flat(tmp_path, gpu):
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[1] == used[-1], used
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+def test_several_teachers_and_weights_that_set_themselves(tmp_path, device, amp):
+    if device == "cpu" and amp == torch.float16:
+        pytest.skip("float16 is for GPUs")
+    options = {"KD__AUTO_WEIGHT": 0.5, "KD__AUTO_WEIGHT_BATCHES": 2}
+    cfg = detector_cfg(tmp_path, "Faster R-CNN", device, "NST", "SoftTarget", **options)
+    files = {key: cfg.KD.TEACHER[key] for key in ("CONFIG_FILE", "WEIGHTS")}
+    own = {"CONFIG_FILE": "ema", "NAME": "self", "LOSSES": ["Hint"], "LOSS_OPTS": ["KD.HINT.AUTO_WEIGHT", 0.0]}
+    cfg.KD.TEACHERS = [files, own]
+    model = build(cfg)
+    assert_fine(train(model, 4, amp=amp), device)
+    in_float32 = build(cfg)
+    train(in_float32, 4)
+    weights = [[network.losses[name].weight for name in ("nst", "soft_target")] for network in (model, in_float32)]
+    assert weights[0] == pytest.approx(weights[1], rel=0.3) and weights[0][0] != 20

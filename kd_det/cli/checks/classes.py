@@ -5,6 +5,7 @@ from kd_det.errors import UserError
 from kd_det.losses.class_loss import ClassLoss
 from kd_det.student import student_class
 from kd_det.teachers.build import NUM_CLASSES, get_teacher_cfg
+from kd_det.teachers.ensemble import planned_teachers
 
 
 def check_class_lists(run: PlannedRun) -> None:
@@ -35,18 +36,20 @@ def check_teacher_classes(run: PlannedRun) -> None:
     A project's loss that compares class by class, with a teacher that is known to have been trained on other classes.
     Losses of kd_det match them by name.
     """
-    losses = getattr(run.model, "losses", {}).values()
-    losses = [type(x).__name__ for x in losses if x.compares_classes and not isinstance(x, ClassLoss)]
+    comparing = getattr(run.model, "losses", {}).values()
+    comparing = [loss for loss in comparing if loss.compares_classes and not isinstance(loss, ClassLoss)]
     known = _known_classes(run)
-    if not losses or not known:
+    if not comparing or not known:
         return
     name, classes = next(iter(known.items()))
-    theirs = list(get_teacher_cfg(run.cfg).KD.TEACHER.CLASSES)
-    if theirs and theirs != classes:
-        raise UserError(
-            f"{', '.join(losses)} compare class by class, and the teacher's classes (KD.TEACHER.CLASSES, or "
-            f"DATASETS.TRAIN of its config) are not the student's, of '{name}': {_difference(theirs, classes)}"
-        )
+    for plan in planned_teachers(run.cfg):
+        losses = [type(loss).__name__ for loss in comparing if loss.teacher_name == plan.name]
+        theirs = list(get_teacher_cfg(plan.cfg).KD.TEACHER.CLASSES) if losses else []
+        if theirs and theirs != classes:
+            raise UserError(
+                f"{', '.join(losses)} compare class by class, and the teacher's classes (KD.TEACHER.CLASSES, or "
+                f"DATASETS.TRAIN of its config) are not the student's, of '{name}': {_difference(theirs, classes)}"
+            )
 
 
 def _known_classes(run: PlannedRun) -> dict[str, list[str]]:

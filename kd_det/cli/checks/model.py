@@ -9,7 +9,6 @@ from kd_det.config_file import merge_options
 from kd_det.distiller import Distiller
 from kd_det.engine.teacher_evaluation import TeacherDetector
 from kd_det.errors import IMPORT_HINT, UserError, unknown_name
-from kd_det.losses import build_losses
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers import build_teacher
@@ -47,8 +46,7 @@ def check_model(run: PlannedRun) -> None:
         for either in (on_cpu, run.cfg):
             merge_options(either, chosen, where="--teacher")
         run.cfg.freeze()
-        losses = build_losses(on_cpu, *networks.values())
-        run.model = Distiller(**networks, losses=losses, input_format=on_cpu.INPUT.FORMAT)
+        run.model = Distiller(on_cpu, **networks)
 
 
 def check_teacher_evaluation(run: PlannedRun) -> None:

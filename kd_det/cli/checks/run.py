@@ -15,6 +15,7 @@ from torch import nn
 from kd_det.data import DatasetSummary
 from kd_det.engine.step import NON_FINITE
 from kd_det.errors import IMPORT_HINT, UserError
+from kd_det.weights.average import check_decay
 
 __all__ = ["PlannedRun", "check_folder", "check_processes", "check_solver", "naming", "remove_earlier_run"]
 
@@ -128,6 +129,8 @@ def check_solver(run: PlannedRun) -> None:
         raise UserError(f"SEED must be less than 2^31 (negative: none), found {cfg.SEED}")
     if cfg.get("KD", {}).get("NON_FINITE", "stop") not in NON_FINITE:
         raise UserError(f"KD.NON_FINITE must be one of {', '.join(NON_FINITE)}, found {cfg.KD.NON_FINITE!r}")
+    if decay := cfg.get("KD", {}).get("EMA_DECAY", 0.0):
+        check_decay(decay, "KD.EMA_DECAY")
     with naming("the solver (SOLVER.*)", ValueError):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
         build_lr_scheduler(cfg, optimizer)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_det.classification.average import WeightAverage
+from kd_det.weights.average import WeightAverage
 
 
 def model(value: float = 0.0) -> nn.Module:
