@@ -54,7 +54,8 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], out: str, num_images: 
         print(f"{name}: reading {', '.join(folder.path for folder in folders)}", flush=True)
         summaries.append(summarize(name, folders))
         for folder in folders:
-            reported.append(_describe(name if len(folders) == 1 else f"{name}: {folder.path}", folder, num_images))
+            own = name if len(folders) == 1 else f"{name}: {os.path.basename(folder.path)}"
+            reported.append(_describe(own, folder, num_images))
     curves = {name: [folder.history for folder in folders] for name, folders in runs.items()}
     page = render_report(reported, table_cells(summaries), curves)
     with open(out, "w") as file:

@@ -28,7 +28,10 @@ _ATTENTION, _DIFFERENCE = "attention / its mean", "difference of attentions"
 
 
 class Viewer:
-    """A Distiller, or a plain detector, looked at: student and teacher on one image, and their maps pair by pair."""
+    """
+    A Distiller, or a plain detector, looked at: student and teacher (of several, the first) on one image, and their
+    maps pair by pair.
+    """
 
     def __init__(self, model: nn.Module, *, input_format: str, pairs: Sequence[tuple[str, str]] = ()):
         """
@@ -40,8 +43,9 @@ class Viewer:
         Raises:
             ValueError: a tap that does not exist.
         """
-        self.model, self.losses = model, list(getattr(model, "losses", {}).values())
         student, teacher = getattr(model, "student", model), getattr(model, "teacher", None)
+        losses = getattr(model, "losses", {}).values()
+        self.model, self.losses = model, [loss for loss in losses if model.teacher_of(loss) is teacher]
         used = dict.fromkeys(pair for loss in self.losses for pair in zip(loss.student_taps, loss.teacher_taps))
         inside = set(student.backbone.modules())
         used = [pair for pair in used if tap_module(student, pair[0]) in inside]

@@ -64,6 +64,7 @@ def render_report(
     environment.filters |= {"jpeg": _jpeg, "gradient": _gradient}
     template = environment.from_string((Path(__file__).parent / "report.html").read_text())
     return template.render(
+        names=", ".join(curves),
         runs=runs,
         table=table,
         charts=charts,

@@ -14,7 +14,8 @@ from torch import nn
 from kd_det import Distiller
 from kd_det.cli.visualize import visualization_hook
 from kd_det.engine import Trainer
-from kd_det.losses import HintLoss
+from kd_det.losses import HintLoss, NSTLoss
+from kd_det.teachers.ensemble import OtherTeacher
 from kd_det.visualization import Panel, Sample, View, Viewer, detections_row, draw_row, overlay, read_sample
 from tests.tiny import distillation_cfg, tiny_cfg, tiny_retinanet_cfg
 from tests.tiny_run import differing, run_cfg, train, write_coco
@@ -107,6 +108,16 @@ def test_overhauls_margins_and_counted_positions(tmp_path):
     assert [panel.title for panel in row.panels] == ["margins", "counted, before", "counted, student"]
     assert torch.equal(row.panels[0].values, model.losses["overhaul"].margins[0].value)
     assert row.panels[0].values.min() < 0 < row.panels[1].values.max() <= 1
+
+
+def test_of_several_teachers_the_first_is_drawn(tmp_path):
+    model = build_model(tiny_cfg()).eval()
+    first, other = (build_model(tiny_cfg(fpn=width)).eval() for width in (8, 12))
+    losses = [NSTLoss(student_taps=[tap]) for tap in ("p3", "p4")]
+    more = [OtherTeacher("other", other, losses[1:])]
+    taught = Distiller(student=model, teacher=first, losses=losses[:1], other_teachers=more, input_format="BGR")
+    viewer, sample = Viewer(taught.eval(), input_format="BGR"), sample_of(tiny_cfg(), tmp_path)
+    assert viewer.pairs == [("p3", "p3")] and viewer(sample)["teacher"].maps["p3"][0].shape[0] == 8
 
 
 def test_the_weights_of_regions(tmp_path):
