@@ -103,10 +103,12 @@ class Distiller(nn.Module):
         if self.input_format is None:
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
         every_loss = self.losses.values()
+        groups = [group for group in groups if group.losses]
         for group in groups:
-            if group.losses:
-                self._teachers[group.name] = self._connect(group)
+            self._connect(group)
         self._student_taps = Taps(student, [t for loss in every_loss for t in loss.student_taps], side="student")
+        for group in groups:
+            self._teachers[group.name] = self._run(group)
         if any(loss.needs_regions or loss.needs_proposals or loss.branch for loss in every_loss):
             roi_heads = getattr(student, "roi_heads", None)
             names = sorted({loss.branch for loss in every_loss if loss.branch})
@@ -117,8 +119,8 @@ class Distiller(nn.Module):
         weakref.finalize(self, _remove, [*self._student_taps.handles, *handles])
         self._warned_of_frozen_taps = False
 
-    def _connect(self, group: OtherTeacher) -> "Teacher | AveragedTeacher":
-        """Fit losses to the student and their teacher, and return what runs it."""
+    def _connect(self, group: OtherTeacher) -> None:
+        """Fit losses to the student and their teacher; some choose their taps by that."""
         losses, teacher = group.losses, group.teacher
         networks = teacher.models if isinstance(teacher, TeacherAverage) else [teacher]
         if None in networks:
@@ -130,12 +132,14 @@ class Distiller(nn.Module):
                 check_teaching(loss, networks)
                 loss.connect(self.student, networks[0])
                 loss.to(self.device)
+
+    def _run(self, group: OtherTeacher) -> "Teacher | AveragedTeacher":
         return run_teacher(
-            teacher,
-            [t for loss in losses for t in loss.teacher_taps],
+            group.teacher,
+            [t for loss in group.losses for t in loss.teacher_taps],
             input_format=self.input_format,
             student=self.student,
-            with_head=any(loss.needs_regions or loss.branch for loss in losses),
+            with_head=any(loss.needs_regions or loss.branch for loss in group.losses),
             dtype=group.dtype,
         )
 

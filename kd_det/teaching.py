@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from kd_det.errors import first_few
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
 from kd_det.random_state import preserved_random_state
 from kd_det.teachers.build import build_teacher, teacher_dtype
@@ -67,6 +68,12 @@ def check_teaching(loss: DistillationLoss, teachers: Sequence[nn.Module]) -> Non
         raise ValueError(
             f"{type(loss).__name__} reads the teacher's network itself, and several are averaged: give it a teacher of "
             f"its own (NAME and LOSSES in an entry of KD.TEACHERS)."
+        )
+    known = {tuple(names) for teacher in teachers if (names := getattr(teacher, "class_names", ()))}
+    if loss.compares_classes and len(known) > 1:
+        raise ValueError(
+            f"{type(loss).__name__} compares class by class, and the averaged teachers know different classes, or the "
+            f"same in another order: {' and '.join(first_few(list(names)) for names in sorted(known))}."
         )
     if loss.auto is not None and hasattr(teachers[0], "ema_decay"):
         raise ValueError(

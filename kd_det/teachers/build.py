@@ -65,7 +65,13 @@ def get_teacher_cfg(cfg: CfgNode) -> CfgNode:
 
 
 # Where the number of classes of a meta-architecture stands in its config.
-NUM_CLASSES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+NUM_CLASSES = {
+    "GeneralizedRCNN": "ROI_HEADS",
+    "PanopticFPN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+    "TorchvisionFCOS": "RETINANET",
+    "TorchvisionRetinaNet": "RETINANET",
+}
 
 
 def _classes_trained_on(teacher_cfg: CfgNode, node: CfgNode) -> List[str]:
@@ -120,7 +126,8 @@ def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
     A ``ValueError`` for an unknown meta-architecture.
     """
     model = teacher_source(teacher_cfg.KD.TEACHER.CONFIG_FILE).build(teacher_cfg)
-    model.class_names = tuple(teacher_cfg.KD.TEACHER.CLASSES)
+    # A detector of transformers knows its own.
+    model.class_names = tuple(teacher_cfg.KD.TEACHER.CLASSES) or getattr(model, "class_names", ())
     return model
 
 

@@ -12,6 +12,7 @@ from torchvision import models
 
 from kd_det.errors import one_line
 from kd_det.random_state import preserved_random_state
+from kd_det.teachers.build import NUM_CLASSES
 from kd_det.teachers.feature_teacher import FeatureTeacher, LibraryTeacher
 from kd_det.teachers.networks import default_weights
 from kd_det.teachers.sources import register_teacher_source
@@ -45,8 +46,7 @@ class TorchvisionTeacher(LibraryTeacher):
 
     def read_weights(self, cfg: CfgNode) -> Mapping[str, Tensor] | None:
         own = super().read_weights(cfg)
-        head = {"GeneralizedRCNN": "ROI_HEADS", "TorchvisionRetinaNet": "RETINANET", "TorchvisionFCOS": "RETINANET"}
-        node = head.get(cfg.MODEL.META_ARCHITECTURE)
+        node = NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
         if node is None:
             return own
         num_classes = cfg.MODEL[node].NUM_CLASSES

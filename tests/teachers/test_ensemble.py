@@ -111,6 +111,14 @@ class TestAveraged:
             with pytest.raises(ValueError, match="OverhaulLoss reads the teacher's network itself"):
                 Distiller(student=build_model(tiny_cfg()), teacher=TeacherAverage(networks), losses=[loss])
 
+    def test_of_other_classes(self, tmp_path):
+        entry = {**write_teacher(tmp_path, "b"), "CLASSES": ["dog", "cat", "cow"]}
+        cfg = cfg_of(tmp_path, "NST", teachers=[entry], KD__TEACHER__CLASSES=["cat", "dog", "cow"])
+        build_model(cfg)
+        cfg.KD.LOSSES = ("SoftTarget",)
+        with pytest.raises(ValueError, match="know different classes, .*: cat, dog, cow and dog, cat, cow"):
+            build_model(cfg)
+
     def test_of_dense_heads(self, tmp_path):
         teacher = tiny_retinanet_cfg(depth=50, width=8)
         opts = {"KD__CROSS_KD__CUT": 1, "KD__NST__STUDENT_TAPS": ["p3"]}

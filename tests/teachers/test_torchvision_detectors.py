@@ -153,7 +153,7 @@ def assert_equal_detections(detector, images):
         # Detectron2 drops what lies in the padding only, and is empty once clipped.
         is_inside = (theirs["boxes"][:, 2:] > theirs["boxes"][:, :2]).all(dim=1)
         theirs = {key: value[is_inside] for key, value in theirs.items()}
-        assert len(theirs["scores"]) == len(ours) > 5
+        assert len(theirs["scores"]) == len(ours) > 3
         torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=1e-3)
         # Equal up to the order of equal scores.
         boxes = torch.cdist(ours.pred_boxes.tensor, theirs["boxes"], p=float("inf"))
@@ -306,7 +306,9 @@ def test_its_config(published):
     cfg = get_teacher_cfg(cfg_of("fasterrcnn_resnet50_fpn", published[1]))
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (128, 1000, "RGB")
-    assert get_teacher_cfg(cfg_of("fasterrcnn_resnet50_fpn", "")).MODEL.WEIGHTS.endswith("_fpn.COCO_V1")
+    for name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn"):
+        cfg = get_teacher_cfg(cfg_of(name, ""))
+        assert cfg.MODEL.WEIGHTS.endswith("_fpn.COCO_V1") and cfg.KD.TEACHER.CLASSES == COCO.thing_classes
     cfg = get_teacher_cfg(cfg_of("keypointrcnn_resnet50_fpn", published[1]))
     assert cfg.DATASETS.TRAIN == ("keypoints_coco_2017_train",) and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
 

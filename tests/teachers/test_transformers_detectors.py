@@ -173,6 +173,7 @@ def test_a_folder_teaches_through_the_config(folder):
     found, want = build_teacher(cfg), parts("RT-DETR")[0]
     own = found.backbone.network.detector.state_dict()
     assert all(torch.equal(own[key], value) for key, value in want.state_dict().items())
+    assert found.class_names == tuple(f"LABEL_{i}" for i in range(5))
     copied = copy.deepcopy(found)
     inputs = images((64, 64))
     with torch.no_grad():
