@@ -120,7 +120,8 @@ def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
     A ``ValueError`` for an unknown meta-architecture.
     """
     model = teacher_source(teacher_cfg.KD.TEACHER.CONFIG_FILE).build(teacher_cfg)
-    model.class_names = tuple(teacher_cfg.KD.TEACHER.CLASSES)
+    # A source may read the names with its network.
+    model.class_names = tuple(teacher_cfg.KD.TEACHER.CLASSES) or getattr(model, "class_names", ())
     return model
 
 
