@@ -51,6 +51,7 @@ setup(
         "transformers": ["transformers>=5"],
         "fast-eval": ["faster-coco-eval>=1.6"],
         "offline-data": OFFLINE_DATA,
+        "docs": ["furo", "myst-parser>=4", "sphinx>=8", "sphinx-copybutton"],
         "dev": ["hypothesis", "import-linter>=2.0", "pytest>=7.4", "pytest-xdist>=3.3", "ruff>=0.6", *OFFLINE_DATA],
     },
 )

@@ -28,7 +28,8 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
+highlight_language = "bash"  # of blocks without a language
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 # Only what a shell or Python would take is copied, no output and no prompt.
 copybutton_exclude = ".linenos, .gp, .go"

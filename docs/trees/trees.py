@@ -17,8 +17,8 @@ from detectron2.data.datasets import register_coco_instances
 
 # One photograph trains and the other evaluates: neighbouring tiles of one photograph look too much alike.
 PHOTOS = {"train": "2019_YELL_2_528000_4978000_image_crop2", "val": "2019_YELL_2_541000_4977000_image_crop"}
-STEPS = {"train": 96, "val": 192}  # training tiles overlap by half
-SIDE = 192
+STEPS = {"train": 72, "val": 144}  # training tiles overlap by half
+SIDE = 144
 
 
 def read_boxes(path: Path) -> list[list[float]]:
