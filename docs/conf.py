@@ -38,7 +38,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "imported-members": True, "show-inheritance": True}
-autodoc_class_signature = "mixed"
+autoclass_content = "both"  # with what __init__ takes
+autodoc_inherit_docstrings = False  # a base class tells what its methods do, once
 napoleon_use_rtype = False
 
 # Every reference to kd_det must lead somewhere (see reference.resolve). Those of other projects would need their

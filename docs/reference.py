@@ -5,13 +5,14 @@ import ast
 import importlib
 import inspect
 import io
+import itertools
 import tokenize
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode, get_cfg
 from docutils import nodes
 
-from kd_det import add_kd_config, config
+from kd_det import config
 from kd_det.backbones import timm_backbone
 from kd_det.cli.main import COMMANDS
 
@@ -20,7 +21,7 @@ OF_THE_LOSS = ("WEIGHT", "STUDENT_TAPS")  # of the keys that each has, those wit
 
 
 def fill_in(app, docname: str, source: list[str]) -> None:
-    """Sphinx's event source-read: a page's line ``<!-- config keys -->`` or ``<!-- commands -->`` becomes its content."""
+    """Sphinx's event source-read: a line ``<!-- config keys -->`` or ``<!-- commands -->`` becomes what it names."""
     for marker, write in (("<!-- config keys -->", config_reference), ("<!-- commands -->", command_reference)):
         if marker in source[0]:
             source[0] = source[0].replace(marker, write())
@@ -59,44 +60,48 @@ def config_reference() -> str:
     cfg = get_cfg()
     config.add_kd_config(cfg)
     texts = dict(_comments(timm_backbone)) | dict(_comments(config))
-    lines = ["## Every loss: `KD.<NAME>`", "", "These keys are the same for every loss. The sections below have the others.", ""]
-    for key, value in _common_keys().items():
-        default = "of the loss" if key in OF_THE_LOSS else repr(value)
-        lines.append(_entry(f"KD.<NAME>.{key}", default, texts[f"{COMMON}.{key}"]))
+    lines = ["## Every loss: `KD.<NAME>`", "", "Every loss has these keys. The sections below have the others.", ""]
+    common = {key: "of the loss" if key in OF_THE_LOSS else repr(value) for key, value in _common_keys().items()}
+    lines += _entries("KD.<NAME>", [(key, default, texts[f"{COMMON}.{key}"]) for key, default in common.items()])
     for node, name in ((cfg.KD, "KD"), (cfg.CLASSIFICATION, "CLASSIFICATION"), (cfg.MODEL.TIMM, "MODEL.TIMM")):
         lines += _sections(node, name, texts)
     return "\n".join(lines)
 
 
 def _sections(node: CfgNode, name: str, texts: dict[str, str]) -> list[str]:
-    lines = [f"## `{name}`", "", texts.get(name, ""), ""]
     common = _common_keys() if "STUDENT_TAPS" in node else ()
-    text = ""
+    entries, text = [], ""
     for key, value in node.items():
-        path = f"{name}.{key}"
         if isinstance(value, CfgNode) or key in common and not (key in OF_THE_LOSS and value):
             continue
-        text = "" if key in common else texts[path] or text  # a comment may stand above several keys
-        lines.append(_entry(path, repr(value), text))
+        text = "" if key in common else texts[f"{name}.{key}"] or text  # a comment may stand above several keys
+        entries.append((key, repr(value), text))
+    lines = ["", f"## `{name}`", "", texts.get(name, ""), "", *_entries(name, entries)]
     for key, value in node.items():
         if isinstance(value, CfgNode):
-            lines += ["", *_sections(value, f"{name}.{key}", texts)]
+            lines += _sections(value, f"{name}.{key}", texts)
     return lines
+
+
+def _entries(name: str, entries: list[tuple[str, str, str]]) -> Iterator[str]:
+    """A definition list of keys, their defaults and their texts; keys of one text are one entry."""
+    for text, group in itertools.groupby(enumerate(entries), lambda x: x[1][2] or x[0]):
+        keys, defaults, _ = zip(*(entry for _, entry in group))
+        yield ", ".join([f"`{name}.{keys[0]}`", *(f"`{key}`" for key in keys[1:])])
+        yield ": " + ", ".join(f"`{x}`" for x in (defaults if len(set(defaults)) > 1 else defaults[:1]))
+        yield f"\n  {text}\n" if isinstance(text, str) else ""
 
 
 def _common_keys() -> CfgNode:
     return config.add_loss_config(CfgNode({"KD": {}}), "NAME", weight=0.0, has_regions=True)
 
 
-def _entry(path: str, default: str, text: str) -> str:
-    return f"`{path}`\n: `{default}`\n\n  {text}\n" if text else f"`{path}`\n: `{default}`\n"
-
-
 def _comments(module) -> Iterator[tuple[str, str]]:
     """The comment above each key, by the key's path; those that each loss has have the path ``each loss.KEY``."""
     source = inspect.getsource(module)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT and not t.line[: t.start[1]].strip()}
+    comments = [t for t in tokens if t.type == tokenize.COMMENT and not t.line[: t.start[1]].strip()]
+    lines = {t.start[0]: t.string.lstrip("# ") for t in comments}
 
     def above(line: int) -> str:
         first = line
@@ -121,7 +126,7 @@ def _comments(module) -> Iterator[tuple[str, str]]:
                 for target in statement.targets:
                     if isinstance(target, ast.Attribute):
                         path = ".".join(x for x in _parts(target, paths) if x)
-                        paths.update({name: path for name in names})
+                        paths.update(dict.fromkeys(names, path))
                         yield path, text
                 if not any(isinstance(x, ast.Attribute) for x in statement.targets):
                     pending = text  # a comment above a value that the next key takes
@@ -139,5 +144,5 @@ def command_reference() -> str:
     for name, line in COMMANDS.items():
         parser: argparse.ArgumentParser = importlib.import_module(f"kd_det.cli.{name.replace('-', '_')}").get_parser()
         parser.prog = f"kd-det {name}"
-        lines += [f"## `kd-det {name}`", "", line[0].upper() + line[1:] + ".", "", "```text", parser.format_help(), "```", ""]
-    return "\n".join(lines)
+        lines += [f"## `kd-det {name}`", f"{line[0].upper()}{line[1:]}.", f"```text\n{parser.format_help()}\n```"]
+    return "\n\n".join(lines)
