@@ -84,6 +84,11 @@ def add_kd_config(cfg: CN) -> None:
     # Decay of the average (EMA) of the student's weights that is evaluated and, at the end, saved as model_ema.pth; 0:
     # no average is kept. Read by kd_det.engine.Trainer.
     cfg.KD.EMA_DECAY = 0.0
+    # With TEST.EVAL_PERIOD: the number of the evaluation by which model_best.pth is kept, e.g. "segm/AP"; empty: its
+    # first, a detector's box AP or a classifier's top-1. Read by kd_det.engine.Trainer, as the next key.
+    cfg.KD.BEST_METRIC = ""
+    # Where a run is logged beside metrics.json and TensorBoard: "wandb", "mlflow"; pip install kd_det[wandb].
+    cfg.KD.WRITERS = ()
     # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
     cfg.KD.RESUME_SOLVER = "checkpoint"
 

@@ -23,7 +23,6 @@ from kd_det.cli.checks import check_run
 from kd_det.cli.checks.run import remove_earlier_run
 from kd_det.cli.launch import launch
 from kd_det.cli.run_tool import run_tool
-from kd_det.cli.summary import distillation_summary
 from kd_det.cli.visualize import visualization_hook
 from kd_det.engine import Trainer, evaluate
 from kd_det.engine.evaluation import test_with_augmentation
@@ -59,8 +58,6 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
                 return test_with_augmentation(cfg, student, trainer_class)
 
         trainer.register_hooks([hooks.EvalHook(0, evaluate_with_augmentation)])
-    if getattr(model, "losses", None):
-        logger.info(f"Distillation:\n{distillation_summary(model)}")
     return trainer.train()
 
 
