@@ -7,6 +7,7 @@ Train or evaluate from a LazyConfig file: Detectron2's tools/lazyconfig_train_ne
 """
 
 import argparse
+import logging
 import os
 
 import torch
@@ -42,7 +43,7 @@ def evaluate_lazy(cfg: DictConfig, model):
     return results
 
 
-def _train(cfg: DictConfig, *, resume: bool):
+def _train(cfg: DictConfig, *, config_file: str, resume: bool):
     model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -68,6 +69,9 @@ def _train(cfg: DictConfig, *, resume: bool):
     resumes = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     trainer.train(trainer.iter + 1 if resumes else 0, cfg.train.max_iter)
+    weights = os.path.join(cfg.train.output_dir, "model_final.pth")
+    export = f"kd-det export --config-file {config_file} --weights {weights} --output exported"
+    logging.getLogger("kd_det").info(f"Wrote {weights}. Next:\n  {export}")
 
 
 def _process(args: argparse.Namespace):
@@ -76,7 +80,7 @@ def _process(args: argparse.Namespace):
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
     if not args.eval_only:
-        return _train(cfg, resume=args.resume)
+        return _train(cfg, config_file=args.config_file, resume=args.resume)
     model = instantiate(plain_student(cfg.model)).to(cfg.train.device)
     if not cfg.train.init_checkpoint:
         raise UserError("train.init_checkpoint is empty: there is nothing to evaluate")
