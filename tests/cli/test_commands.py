@@ -191,6 +191,21 @@ def test_every_command_describes_itself(capsys, monkeypatch):
         console.main()
 
 
+def test_the_console_script_is_quick_and_quiet():
+    """Its help needs no PyTorch, and no command prints the deprecation warnings of other packages."""
+    code = "import sys, kd_det_command; {}kd_det_command.main(); assert ('torch' in sys.modules) == {}"
+    for argument, imported in (("--help", False), ("taps", True)):
+        before = "import kd_det.cli.taps; kd_det.cli.taps.main = print; " if imported else ""
+        command = [sys.executable, "-c", code.format(before, imported), argument]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+    # What a process that is told otherwise shows stays.
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import kd_det_command, warnings;"
+                           "warnings.warn('`torch.jit.script` is deprecated', FutureWarning)"],
+                          cwd=ROOT, capture_output=True)  # fmt: skip
+    assert done.returncode == 1 and b"FutureWarning" in done.stderr
+
+
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     name = "configs/Quickstart/student_R_18_FPN.yaml"
     monkeypatch.chdir(tmp_path)

@@ -114,9 +114,9 @@ def test_two_processes(files, tmp_path):
     results = kd_det.distill("student.yaml", **files, opts=opts, imports=["data.py"], num_gpus=2)
     found = evaluated("out")
     np.testing.assert_equal({key: results["bbox"][key.partition("/")[2]] for key in found}, found)
+    (tmp_path / "broken.py").write_text("import multiprocessing as m\nif m.parent_process():\n    raise ValueError('no')\n")
     with pytest.raises(RuntimeError, match="exit status 1"):
-        opts["INPUT.MIN_SIZE_TRAIN"] = (0,)
-        kd_det.distill("student.yaml", **files, opts=opts, imports=["data.py"], num_gpus=2, overwrite=True)
+        kd_det.distill("student.yaml", **files, opts=opts, imports=["data.py", "broken.py"], num_gpus=2, overwrite=True)
 
 
 def test_a_users_own_logger_is_left_alone(files, capsys):

@@ -80,7 +80,7 @@ def test_another_metric(tmp_path, caplog):
     caplog.set_level("WARNING")
     cfg = cfg_of(tmp_path, KD__BEST_METRIC="segm/AP", OUTPUT_DIR=str(tmp_path / "other"))
     train(cfg, trainer_class=Scored)
-    assert "Unknown KD.BEST_METRIC 'segm/AP'. Did you mean 'bbox/AP'" in caplog.text
+    assert "Unknown KD.BEST_METRIC 'segm/AP'. Valid names: bbox/AP, bbox/AP50." in caplog.text
     assert not os.path.exists(f"{cfg.OUTPUT_DIR}/model_best.pth")
 
 

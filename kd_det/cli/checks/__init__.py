@@ -66,6 +66,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError, OSError: with one line for the user.
     """
+    args.warnings = []
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return cfg
     run = PlannedRun(cfg, args)
