@@ -43,7 +43,7 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     remove_earlier_run(cfg.OUTPUT_DIR, args)
     default_setup(used_config(cfg), args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
-    logger.info(f"Command: {getattr(args, 'command', shlex.join(sys.argv))}")
+    logger.info(f"Command: {getattr(args, 'command', f'{sys.argv[0]} {shlex.join(sys.argv[1:])}')}")
     for warning in args.warnings:
         logger.warning(warning)
     if args.eval_only:

@@ -42,7 +42,9 @@ class BestStudent:
     def resume(self) -> None:
         """Continue from the file, if it is there; ``ValueError`` if it is damaged."""
         if PathManager.isfile(self.path):
-            self._best = read_checkpoint(self.path)["value"]
+            found = read_checkpoint(self.path)
+            if self._metric in ("", found["metric"]):
+                self._best = found["value"]
 
     def update(self, results: Mapping, student: nn.Module, iteration: int) -> None:
         """Save the student if its results are better than those before; the main process calls it."""

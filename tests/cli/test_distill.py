@@ -114,7 +114,7 @@ def test_two_processes(files, tmp_path):
     results = kd_det.distill("student.yaml", **files, opts=opts, imports=["data.py"], num_gpus=2)
     found = evaluated("out")
     np.testing.assert_equal({key: results["bbox"][key.partition("/")[2]] for key in found}, found)
-    (tmp_path / "broken.py").write_text("import multiprocessing as m\nif m.parent_process():\n    raise ValueError('no')\n")
+    (tmp_path / "broken.py").write_text("import multiprocessing as m\nassert not m.parent_process(), 'no'\n")
     with pytest.raises(RuntimeError, match="exit status 1"):
         kd_det.distill("student.yaml", **files, opts=opts, imports=["data.py", "broken.py"], num_gpus=2, overwrite=True)
 
