@@ -193,8 +193,8 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
 @register_teacher_source("timm")
 class LibraryTeacher(TeacherSource):
     """
-    A network of torchvision or timm by its name: the features of a detector, of a classifier of the ResNet family, or
-    of any network of timm. A student that is a classifier takes a classifier whole.
+    A network of torchvision or timm by its name: the features of a detector, of any network of timm, or of a classifier
+    of torchvision that has maps before its head. A student that is a classifier takes a classifier whole.
     """
 
     def configure(self, cfg: CfgNode, student: CfgNode) -> None:
