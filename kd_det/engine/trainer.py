@@ -214,7 +214,8 @@ class Trainer(DefaultTrainer):
         for loader in self._loaders:
             loader.load_state_dict(saved)
         now = self.data_loader.state_dict()
-        changed = [f"{key} was {saved[key]}, is {now[key]}" for key in saved if saved[key] != now[key]]
+        keys = {**saved, **now}
+        changed = [f"{k} was {saved.get(k, 0)}, is {now.get(k, 0)}" for k in keys if saved.get(k) != now.get(k)]
         if changed:
             logger.warning(f"Resumed with other batches ({', '.join(changed)}): from here on, the run is another one.")
 

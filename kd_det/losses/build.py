@@ -39,6 +39,8 @@ class DistillationLoss(nn.Module):
         needs_regions: whether it reads ``context.region_pairs()``; both networks must then have ROI heads.
         needs_proposals: whether it reads the student's sampled regions alone, ``context.sampled``; the student must
             then have ROI heads.
+        needs_ground_truth: whether it reads ``context.ground_truth()`` or ``context.region_targets()``; on unlabelled
+            images these are pseudo-labels.
         branch: "mask" or "keypoint" if it reads ``context.branch_pair(branch)``; both networks must then have the head.
         compares_classes: whether it compares class by class; both networks must then have the same classes.
         needs_one_teacher: whether it reads the teacher's network itself, not only its maps and its predictions for
@@ -50,6 +52,7 @@ class DistillationLoss(nn.Module):
     needs_taps = True
     needs_regions = False
     needs_proposals = False
+    needs_ground_truth = False
     branch: Optional[str] = None
     compares_classes = False
     needs_one_teacher = False

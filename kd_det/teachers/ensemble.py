@@ -165,8 +165,17 @@ class AveragedTeacher:
     def pop(self) -> TeacherMaps:
         return self._mean([member.pop() for member in self.members])
 
-    def __call__(self, batched_inputs: List[Dict], device: torch.device) -> TeacherMaps:
-        return self._mean([member(batched_inputs, device) for member in self.members])
+    def __call__(
+        self,
+        batched_inputs: List[Dict],
+        device: torch.device,
+        images: Optional[Tensor] = None,
+        *,
+        detects: bool = False,
+    ) -> TeacherMaps:
+        """See :meth:`Teacher.__call__`; the detections are the first teacher's."""
+        taught = [m(batched_inputs, device, images, detects=detects and not i) for i, m in enumerate(self.members)]
+        return self._mean(taught)._replace(detections=taught[0].detections)
 
     def follow(self, student: nn.Module) -> None:
         """See :meth:`Teacher.follow`."""
