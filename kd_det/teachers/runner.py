@@ -145,15 +145,17 @@ class Teacher:
             if not self.taps.names and self.head is None and not detects:
                 return TeacherMaps({}, {}, self._canvas or (0, 0))
             stops = self._heads == [] and self.head is None and not detects
-            detections = None
+            # Without the size of the file's image, to which Detectron2 would scale the boxes.
+            unsized = [{k: v for k, v in x.items() if k not in ("height", "width")} for x in batched_inputs]
             # A dtype of its own is not to be cast to that of the student's autocast.
             casts = self._dtype == torch.float32
             autocast = contextlib.nullcontext() if casts else torch.autocast(device.type, enabled=False)
+            # RetinaNet's inference overwrites what its head gave, so taps there take a forward of their own.
+            with autocast:
+                detections = self.model(self.inputs(unsized)) if detects and self._heads else None
             with self.taps.recording(stop_when_complete=stops), autocast:
-                if self._heads is None or detects:
-                    # Without the size of the file's image, to which Detectron2 would scale the boxes.
-                    inputs = [{k: v for k, v in x.items() if k not in ("height", "width")} for x in batched_inputs]
-                    detections = self.model(self.inputs(inputs))
+                if self._heads is None or detects and not self._heads:
+                    detections = self.model(self.inputs(unsized))
                 else:
                     if images is None or not self._shares_images:
                         images = padded_images(self.model, self.inputs(batched_inputs))
