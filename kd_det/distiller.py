@@ -114,8 +114,8 @@ class Distiller(nn.Module):
         groups = [group for group in groups if group.losses or group in labelling]
         if labels and not groups:
             raise ValueError(
-                "Unlabelled images need a teacher that labels them: set KD.TEACHER.CONFIG_FILE, or KD.UNLABELLED.RESULTS "
-                "to a file of a detector's results."
+                "Unlabelled images need a teacher that labels them: set KD.TEACHER.CONFIG_FILE, or "
+                "KD.UNLABELLED.RESULTS to a file of a detector's results."
             )
         for group in groups:
             self._connect(group)
@@ -287,7 +287,8 @@ class Distiller(nn.Module):
                 contexts.enter_context(self._student_taps.recording())
                 if regions is not None:
                     contexts.enter_context(regions.recording())
-            losses = self.student(without_labels(batched_inputs) if batched_inputs[0].get(UNLABELLED) else batched_inputs)
+            are_unlabelled = batched_inputs[0].get(UNLABELLED)
+            losses = self.student(without_labels(batched_inputs) if are_unlabelled else batched_inputs)
         if not active:
             return losses, {}
         features = self._student_taps.pop()

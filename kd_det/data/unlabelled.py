@@ -47,8 +47,11 @@ def registered_unlabelled(entries: Sequence, key: str) -> list[str]:
         if isinstance(entry, str):
             names.append(entry)
             continue
-        if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3) or not all(isinstance(x, str) for x in entry):
-            raise ValueError(f"{key} holds names of data sets, or [name, folder] or [name, file] pairs, found {entry!r}.")
+        is_list = isinstance(entry, (list, tuple)) and all(isinstance(x, str) for x in entry)
+        if not is_list or len(entry) not in (2, 3):
+            raise ValueError(
+                f"{key} holds names of data sets, or [name, folder] or [name, file] pairs, found {entry!r}."
+            )
         name, *source = entry
         if name not in DatasetCatalog:
             register_unlabelled(name, *source)
@@ -75,7 +78,7 @@ def load_unlabelled(names: Sequence[str]) -> list[dict]:
             if not {"width", "height"} <= set(record):
                 record["width"], record["height"] = _size(name, record["file_name"])
             if records.setdefault(record.get("image_id", record["file_name"]), record) is not record:
-                raise DatasetError(f"the unlabelled data sets {', '.join(names)}: two images have the id {x['image_id']!r}")
+                raise DatasetError(f"the data sets {', '.join(names)}: two images have the id {x['image_id']!r}")
     if not records:
         raise DatasetError(f"the data sets {', '.join(names)} hold no image")
     return list(records.values())
@@ -132,13 +135,15 @@ def read_results(path: str, classes: Mapping[int, int], *, threshold: float, nee
             annotation["keypoints"] = [2 if j % 3 == 2 else value for j, value in enumerate(x["keypoints"])]
         annotations.append(annotation)
     if not any(ret.values()):
-        found = sorted({x["category_id"] for x in results})
-        known = f"the student's are {first_few(list(map(str, sorted(classes))))}"
-        if not set(found) & set(classes):
+        found = {x["category_id"] for x in results}
+        if not found & set(classes):
+            theirs, mine = (first_few([str(i) for i in sorted(ids)]) for ids in (found, classes))
             raise DatasetError(
-                f"the results {path!r} are of other categories: they have the ids {first_few(list(map(str, found)))}, {known}"
+                f"the results {path!r} are of other categories: they have the ids {theirs}, the student's are {mine}"
             )
-        raise DatasetError(f"the results {path!r} have no detection of the student's classes with a score of {threshold}")
+        raise DatasetError(
+            f"the results {path!r} have no detection of the student's classes with a score of {threshold}"
+        )
     return ret
 
 

@@ -26,8 +26,8 @@ def unlabelled_names(cfg: CfgNode) -> list[str]:
     names = registered_unlabelled(cfg.KD.UNLABELLED.DATASETS, "KD.UNLABELLED.DATASETS")
     if not names:
         raise UserError(
-            f"KD.UNLABELLED.RATIO is {cfg.KD.UNLABELLED.RATIO:g} and KD.UNLABELLED.DATASETS is empty: name a data set, or "
-            f'give a folder or a COCO json, such as [["mine", "photographs"]]'
+            f"KD.UNLABELLED.RATIO is {cfg.KD.UNLABELLED.RATIO:g} and KD.UNLABELLED.DATASETS is empty: name a data "
+            f'set, or give a folder or a COCO json, such as [["mine", "photographs"]]'
         )
     return names
 
@@ -61,13 +61,13 @@ def unlabelled_dataset(cfg: CfgNode) -> list[dict]:
     if not ret:
         theirs, ours = (first_few([repr(i) for i in ids], 3) for ids in (found, [x.get("image_id") for x in records]))
         raise DatasetError(
-            f"the results {node.RESULTS!r} are of other images than {', '.join(names)}: they have the image ids {theirs}, "
-            f"the data sets {ours}"
+            f"the results {node.RESULTS!r} are of other images than {', '.join(names)}: they have the image ids "
+            f"{theirs}, the data sets {ours}"
         )
     boxes = sum(len(x["annotations"]) for x in ret)
     logger.info(
-        f"Pseudo-labels: {boxes} boxes with a score of at least {node.THRESHOLD:g} in {len(ret)} of {len(records)} images; "
-        f"the results do not name the others, which are left out."
+        f"Pseudo-labels: {boxes} boxes with a score of at least {node.THRESHOLD:g} in {len(ret)} of {len(records)} "
+        f"images; the results do not name the others, which are left out."
     )
     return ret
 

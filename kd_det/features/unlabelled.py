@@ -58,7 +58,7 @@ def split_unlabelled(batched_inputs: List[Dict]) -> Tuple[List[Dict], List[Dict]
     """
     labelled = [x for x in batched_inputs if not x.get(UNLABELLED)]
     if not labelled:
-        raise ValueError(f"All {len(batched_inputs)} images of a batch are unlabelled; expected labelled ones with them.")
+        raise ValueError(f"All {len(batched_inputs)} images of a batch are unlabelled; expected labelled ones too.")
     return labelled, [x for x in batched_inputs if x.get(UNLABELLED)]
 
 
@@ -91,7 +91,11 @@ class PseudoLabels:
         if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"KD.UNLABELLED.WEIGHT must be a finite number >= 0, found {weight!r}.")
         self.threshold, self.weight, self.from_teacher = threshold, weight, from_teacher
-        self._known = dict(student_classes=student_classes, teacher_classes=teacher_classes, class_map=class_map)
+        self._known = {
+            "student_classes": student_classes,
+            "teacher_classes": teacher_classes,
+            "class_map": class_map,
+        }
         self._classes: Optional[ClassMatch] = None
         self._branches: List[str] = []
 
@@ -100,14 +104,14 @@ class PseudoLabels:
         Match the classes of student and teacher.
 
         Raises:
-            ValueError: no class in common, or a student that learns masks or keypoints, which the teacher does not find.
+            ValueError: no class in common, or a student that learns masks or keypoints, which the teacher has not.
         """
         self._branches = [name for name in _BRANCHES if _has_branch(student, name)]
         missing = [name for name in self._branches if not _has_branch(teacher, name)]
         if missing:
             raise ValueError(
-                f"The student has a {missing[0]} head, and the teacher {type(teacher).__name__} finds none of its labels: "
-                f"pseudo-labels of unlabelled images need {missing[0]}s (or KD.UNLABELLED.RESULTS with them)."
+                f"The student has a {missing[0]} head, and the teacher {type(teacher).__name__} has none to label "
+                f"unlabelled images with: take another teacher, or KD.UNLABELLED.RESULTS with {missing[0]}s."
             )
         counts = _num_classes(student), _num_classes(teacher)
         if None in counts:

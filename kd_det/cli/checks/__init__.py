@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from kd_det.classification.checks import check_input
 from kd_det.classification.data import check_classes
 from kd_det.classification.trainer import is_classifier
-from kd_det.cli.checks import classes, data, model
+from kd_det.cli.checks import classes, data, model, unlabelled
 from kd_det.cli.checks.run import PlannedRun, check_folder, check_processes, check_solver
 from kd_det.engine.stopping import restartable
 
@@ -34,6 +34,7 @@ DETECTOR_CHECKS = (
     data.check_input,
     data.check_datasets,
     data.check_boxes_to_train_on,
+    unlabelled.check_unlabelled,
     classes.check_class_lists,
     classes.check_teacher_classes,
     data.check_evaluators,
