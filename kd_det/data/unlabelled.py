@@ -67,9 +67,9 @@ def load_unlabelled(names: Sequence[str]) -> list[dict]:
     "image_id", "width", "height"}``. Sizes that a data set does not state are read from the images' headers.
 
     Raises:
-        DatasetError: a data set that is not registered or not there, two images with one id, or no image.
+        DatasetError: a data set that is not registered or not there, or holds no image.
     """
-    records: dict = {}
+    records = []
     for name in names:
         if name not in DatasetCatalog:
             raise DatasetError(unknown_name("data set", name, DatasetCatalog.list()))
@@ -77,11 +77,10 @@ def load_unlabelled(names: Sequence[str]) -> list[dict]:
             record = {key: x[key] for key in ("file_name", "image_id", "width", "height") if key in x}
             if not {"width", "height"} <= set(record):
                 record["width"], record["height"] = _size(name, record["file_name"])
-            if records.setdefault(record.get("image_id", record["file_name"]), record) is not record:
-                raise DatasetError(f"the data sets {', '.join(names)}: two images have the id {x['image_id']!r}")
+            records.append(record)
     if not records:
         raise DatasetError(f"the data sets {', '.join(names)} hold no image")
-    return list(records.values())
+    return records
 
 
 def category_names(name: str) -> dict[int, str]:

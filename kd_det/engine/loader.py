@@ -176,25 +176,25 @@ class MixedLoader:
     """An endless iterable of batches of two loaders together; the images of the second are marked as unlabelled."""
 
     def __init__(self, labelled: ResumableLoader, unlabelled: ResumableLoader):
-        self._labelled, self._unlabelled = labelled, unlabelled
+        self.labelled, self._unlabelled = labelled, unlabelled
         self.load_state_dict(self.state_dict())
 
     def state_dict(self) -> dict:
         """See :meth:`ResumableLoader.state_dict`."""
-        return {**self._labelled.state_dict(), "unlabelled_batch_size": self._unlabelled.state_dict()["batch_size"]}
+        return {**self.labelled.state_dict(), "unlabelled_batch_size": self._unlabelled.state_dict()["batch_size"]}
 
     def load_state_dict(self, state: dict) -> None:
-        self._labelled.load_state_dict(state)
+        self.labelled.load_state_dict(state)
         # Of another seed: equal ones would augment the k-th images of both alike.
         self._unlabelled.load_state_dict({**state, "seed": (state["seed"] + 1) % 2**31})
 
     def start_at(self, batch: int) -> None:
         """The next iteration over this loader begins with this batch."""
-        self._labelled.start_at(batch)
+        self.labelled.start_at(batch)
         self._unlabelled.start_at(batch)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for labelled, unlabelled in zip(self._labelled, self._unlabelled):
+        for labelled, unlabelled in zip(self.labelled, self._unlabelled):
             yield labelled + [{**x, UNLABELLED: True} for x in unlabelled]
 
 

@@ -119,8 +119,12 @@ class Trainer(DefaultTrainer):
         ret.insert(before_evaluation, CheckpointHook(self.checkpointer, *periods, self._signals))
         if self.cfg.get("KD", {}).get("TEACHER", {}).get("EVALUATE", False):
             ret.append(EvaluateTeacher())
-        # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
-        loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
+        loaders = []
+        for hook in (hook for hook in ret if isinstance(hook, hooks.PreciseBN)):
+            # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone. Its statistics are
+            # those of a step's last forward, so unlabelled images, which have one of their own, are left out.
+            hook._data_loader = getattr(hook._data_loader, "labelled", hook._data_loader)
+            loaders.append(hook._data_loader)
         self._loaders = [loader for loader in (self.data_loader, *loaders) if hasattr(loader, "start_at")]
         for loader in self._loaders[1:]:
             loader.load_state_dict(self._loaders[0].state_dict())

@@ -55,11 +55,14 @@ def unlabelled_dataset(cfg: CfgNode) -> list[dict]:
     records = load_unlabelled(names)
     if not node.RESULTS:
         return records
+    ids = [x.get("image_id") for x in records]
+    if len(set(ids)) < len(ids):
+        raise DatasetError(f"images of {', '.join(names)} share an id, and results find their image by it")
     needs = [key for key, on in (("segmentation", cfg.MODEL.MASK_ON), ("keypoints", cfg.MODEL.KEYPOINT_ON)) if on]
     found = read_results(node.RESULTS, _student_classes(cfg, names), threshold=node.THRESHOLD, needs=needs)
     ret = [{**x, "annotations": found[x["image_id"]]} for x in records if x.get("image_id") in found]
     if not ret:
-        theirs, ours = (first_few([repr(i) for i in ids], 3) for ids in (found, [x.get("image_id") for x in records]))
+        theirs, ours = (first_few([repr(i) for i in ids], 3) for ids in (found, ids))
         raise DatasetError(
             f"the results {node.RESULTS!r} are of other images than {', '.join(names)}: they have the image ids "
             f"{theirs}, the data sets {ours}"

@@ -57,7 +57,7 @@ def split_unlabelled(batched_inputs: List[Dict]) -> Tuple[List[Dict], List[Dict]
     student's own losses would have nothing to learn from.
     """
     labelled = [x for x in batched_inputs if not x.get(UNLABELLED)]
-    if not labelled:
+    if batched_inputs and not labelled:
         raise ValueError(f"All {len(batched_inputs)} images of a batch are unlabelled; expected labelled ones too.")
     return labelled, [x for x in batched_inputs if x.get(UNLABELLED)]
 

@@ -181,6 +181,14 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, results):
     assert differing(load(off.OUTPUT_DIR), before)
 
 
+def test_precise_statistics_are_of_labelled_images(tmp_path):
+    opts = {"TEST__PRECISE_BN__ENABLED": True, "TEST__PRECISE_BN__NUM_ITER": 2, "SOLVER__MAX_ITER": 2}
+    cfg = unlabelled_cfg(tmp_path, "NST", **opts)
+    first = train(cfg)
+    seen = next(iter(first._loaders[1]))
+    assert len(seen) == 2 and not any("unlabelled" in x for x in seen)
+
+
 def test_a_run_that_loses_its_unlabelled_images_says_so(tmp_path, caplog):
     cfg = unlabelled_cfg(tmp_path, "NST")
     train(cfg)
@@ -202,6 +210,17 @@ def test_two_ranks(tmp_path):
 
 
 # What is refused.
+
+
+def test_results_find_their_image_by_its_id(tmp_path):
+    cfg = unlabelled_cfg(tmp_path, KD__UNLABELLED__RESULTS=write_results(tmp_path))
+    images = str(tmp_path / "unlabelled" / "images.json")
+    cfg.KD.UNLABELLED.DATASETS = [["unlabelled", images], ["photographs", images]]
+    with pytest.raises(DatasetError, match="images of unlabelled, photographs share an id"):
+        unlabelled_dataset(cfg)
+    cfg.KD.UNLABELLED.RESULTS = ""
+    assert len(unlabelled_dataset(cfg)) == 10
+
 
 OTHER_IMAGES = {"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
 GOOD = {**OTHER_IMAGES, "image_id": 100}
