@@ -175,7 +175,7 @@ class AveragedTeacher:
     ) -> TeacherMaps:
         """See :meth:`Teacher.__call__`; the detections are the first teacher's."""
         taught = [m(batched_inputs, device, images, detects=detects and not i) for i, m in enumerate(self.members)]
-        return self._mean(taught)._replace(detections=taught[0].detections)
+        return self._mean(taught)
 
     def follow(self, student: nn.Module) -> None:
         """See :meth:`Teacher.follow`."""
@@ -192,7 +192,7 @@ class AveragedTeacher:
             name: [_mean(calls, self.weights, name) for calls in zip(*(t.features[name] for t in taught), strict=True)]
             for name in taught[0].features
         }
-        return TeacherMaps(features, [t.outputs for t in taught], taught[0].canvas)
+        return TeacherMaps(features, [t.outputs for t in taught], taught[0].canvas, taught[0].detections)
 
 
 class AveragedHead(RegionHead):
