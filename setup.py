@@ -24,6 +24,7 @@ setup(
     description="Knowledge distillation for Detectron2: small detectors taught by large ones",
     license="Apache-2.0",
     packages=find_packages(include=["kd_det", "kd_det.*"]),
+    package_data={"kd_det.visualization": ["report.html"]},
     entry_points={"console_scripts": ["kd-det = kd_det.cli.main:main"]},
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.11",
@@ -37,6 +38,8 @@ setup(
     install_requires=[
         "fvcore>=0.1.5",
         "iopath>=0.1.7",
+        "Jinja2>=3",
+        "matplotlib>=3.7",
         "numpy>=1.23",
         "Pillow>=9.1",
         "pycocotools>=2.0.2",

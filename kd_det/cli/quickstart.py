@@ -12,6 +12,8 @@ import shlex
 import time
 
 from kd_det.cli.arguments import argument_parser, describe, load_config, parse_arguments
+from kd_det.cli.report import write_report
+from kd_det.cli.run_folder import RunFolder
 from kd_det.cli.run_tool import run_tool
 from kd_det.config_file import CONFIGS
 from kd_det.quickstart import register_digits
@@ -22,6 +24,7 @@ from kd_det.visualization import comparison_table, seeds_table
 TEACHER, STUDENT = (
     os.path.relpath(CONFIGS / "Quickstart" / f"{name}.yaml") for name in ("teacher_R_50_FPN", "student_R_18_FPN")
 )
+NAMES, PICTURED_IMAGES = ("teacher", "alone", "distilled"), 50  # of the runs, and of the data set, in the report
 # Small enough for a CPU: a digit is 10 to 40 pixels high.
 DATASET = "--num-train 2500 --num-val 300 --size 96 --light".split()
 
@@ -43,12 +46,14 @@ def _quickstart(args: argparse.Namespace) -> None:
     if len(pairs) > 1:
         ap = {seed: tuple(run.metrics()["bbox/AP"] for run in pair) for seed, pair in pairs.items()}
         table += "\n\n" + seeds_table(("alone", "distilled"), ap)
-    table_file, picture = os.path.join(args.output, "table.md"), os.path.join(args.output, "detections.png")
+    table_file, picture, page = (os.path.join(args.output, f) for f in ("table.md", "detections.png", "report.html"))
     with open(table_file, "w") as f:
         f.write(table + "\n")
     draw_picture(picture, "quickstart_coco_val", compared)
     agreement = check_plain(args.output, "quickstart_coco_val", compared[-1])
-    print(f"\n{table}\n\ntable       {table_file}\npicture     {picture}\ncheckpoint  {compared[-1].weights}")
+    write_report({name: [RunFolder(run.output_dir)] for name, run in zip(NAMES, compared)}, page, PICTURED_IMAGES)
+    print(f"\n{table}\n\ntable       {table_file}\npicture     {picture}\nreport      {page}")
+    print(f"checkpoint  {compared[-1].weights}")
     print(f"{agreement}\n{time.perf_counter() - start:.0f} s in all")
 
 

@@ -9,19 +9,22 @@ Train a detector with or without a teacher, or evaluate it: Detectron2's tools/t
 
 import argparse
 import functools
+import shlex
+import sys
 
 from detectron2.engine import default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from kd_det.classification.trainer import check_trainer
+from kd_det.classification.trainer import check_trainer, is_classifier
 from kd_det.cli.arguments import argument_parser, load_config, parse_arguments
 from kd_det.cli.checks import check_run
 from kd_det.cli.checks.run import remove_earlier_run
 from kd_det.cli.launch import launch
 from kd_det.cli.run_tool import run_tool
 from kd_det.cli.summary import distillation_summary
+from kd_det.cli.visualize import visualization_hook
 from kd_det.engine import Trainer, evaluate
 from kd_det.engine.evaluation import test_with_augmentation
 from kd_det.study.run_config import used_config
@@ -35,6 +38,7 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     remove_earlier_run(cfg.OUTPUT_DIR, args)
     default_setup(used_config(cfg), args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
+    logger.info(f"Command: {sys.argv[0]} {shlex.join(sys.argv[1:])}")
     for warning in args.warnings:
         logger.warning(warning)
     if args.eval_only:
@@ -45,6 +49,8 @@ def train_or_evaluate(args: argparse.Namespace, trainer_class: type[Trainer]):
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
     model = getattr(trainer.model, "module", trainer.model)
+    if cfg.VIS_PERIOD > 0 and not is_classifier(cfg) and comm.is_main_process():  # the one that writes
+        trainer.register_hooks([visualization_hook(cfg, model)])
     if cfg.TEST.AUG.ENABLED:
         student = getattr(model, "student", model)
 

@@ -1,7 +1,5 @@
 """Trainings in processes of their own: repeated only if they must be, resumed where they were interrupted."""
 
-import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -10,13 +8,13 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from detectron2.config import CfgNode
 
 from kd_det.engine.lock import LOCK_FILE
 from kd_det.errors import UserError
 from kd_det.study.run_config import holds_config
+from kd_det.visualization.history import read_history
 
 __all__ = ["Run", "read_metrics", "run_command"]
 
@@ -29,15 +27,10 @@ def read_metrics(output_dir: str, task: str = "bbox") -> dict[str, float]:
         The last value of every ``<task>/...`` key (in percent), and ``time``, the median of the seconds a training
         step took (Detectron2 leaves out the first three). Empty if there is no evaluation.
     """
-    path = os.path.join(output_dir, "metrics.json")
-    lines = []
-    for line in Path(path).read_text().splitlines() if os.path.isfile(path) else ():
-        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
-            lines.append(json.loads(line))
-    ret = {key: value for line in lines for key, value in line.items() if key.startswith(f"{task}/")}
-    times = [line["time"] for line in lines if "time" in line]
-    if ret and times:
-        ret["time"] = statistics.median(times)
+    history = read_history(output_dir)
+    ret = {key: value for key, value in history.last().items() if key.startswith(f"{task}/")}
+    if ret and "time" in history.values:
+        ret["time"] = statistics.median(history.values["time"].values())
     return ret
 
 

@@ -126,7 +126,7 @@ def build_teacher_architecture(teacher_cfg: CfgNode) -> nn.Module:
     A ``ValueError`` for an unknown meta-architecture.
     """
     model = teacher_source(teacher_cfg.KD.TEACHER.CONFIG_FILE).build(teacher_cfg)
-    # A detector of transformers knows its own.
+    # A source may read the names with its network, as that of transformers does.
     model.class_names = tuple(teacher_cfg.KD.TEACHER.CLASSES) or getattr(model, "class_names", ())
     return model
 

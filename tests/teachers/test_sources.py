@@ -33,7 +33,9 @@ def own_source(monkeypatch):
     class Mine(TeacherSource):
         def build(self, cfg):
             assert self.path == "patches"
-            return FeatureTeacher(network=Patches())
+            teacher = FeatureTeacher(network=Patches())
+            teacher.class_names = ("cat", "dog")
+            return teacher
 
     return Mine
 
@@ -46,6 +48,7 @@ def test_a_source_is_one_class(own_source, tmp_path):
     torch.save({f"backbone.network.{k}": v for k, v in Patches().state_dict().items()}, tmp_path / "w.pth")
     teacher = build_teacher(cfg("mine://patches", tmp_path / "w.pth"))
     assert teacher.backbone.output_shape()["p4"].channels == 8
+    assert teacher.class_names == ("cat", "dog")
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(ValueError, match="'mine://patches' has no weights"):
         build_teacher(cfg("mine://patches"))
