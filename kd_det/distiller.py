@@ -103,7 +103,7 @@ class Distiller(nn.Module):
         self._teachers: Dict[str, Teacher | AveragedTeacher] = {}  # by the name that their losses know
         self._region_taps: Optional[RegionTaps] = None
         self._pseudo_labels = pseudo_labels
-        labels = pseudo_labels is not None and pseudo_labels.from_teacher and _wants_labels(self)
+        labels = pseudo_labels is not None and pseudo_labels.from_teacher and self._wants_labels
         if not self.losses and not labels:
             return
 
@@ -196,6 +196,13 @@ class Distiller(nn.Module):
         """The teacher of a loss; of several that are averaged, the first."""
         return self._teachers[loss.teacher_name].networks[0]
 
+    @property
+    def _wants_labels(self) -> bool:
+        """Whether pseudo-labels are read: losses on regions do, whose student samples its regions by them."""
+        losses = self.losses.values()
+        reads = any(loss.needs_ground_truth or loss.needs_regions or loss.branch for loss in losses)
+        return self._pseudo_labels.weight > 0 or reads
+
     def train(self, mode: bool = True):
         super().train(mode)
         self.student.train(mode)  # the student's own flag, and whatever its class does in train()
@@ -257,7 +264,7 @@ class Distiller(nn.Module):
 
     def _label(self, batched_inputs: List[Dict]) -> tuple[List[Dict], Dict[str, TeacherMaps]]:
         """Unlabelled images with pseudo-labels, where they are wanted, and what the teacher that made them computed."""
-        if self._pseudo_labels is None or not _wants_labels(self) or all("instances" in x for x in batched_inputs):
+        if self._pseudo_labels is None or not self._wants_labels or all("instances" in x for x in batched_inputs):
             return batched_inputs, {}
         if not self._pseudo_labels.from_teacher:
             raise ValueError("An unlabelled image has no 'instances', and pseudo-labels are not the teacher's.")
@@ -287,7 +294,7 @@ class Distiller(nn.Module):
                 contexts.enter_context(self._student_taps.recording())
                 if regions is not None:
                     contexts.enter_context(regions.recording())
-            are_unlabelled = batched_inputs[0].get(UNLABELLED)
+            are_unlabelled = any(x.get(UNLABELLED) for x in batched_inputs)
             losses = self.student(without_labels(batched_inputs) if are_unlabelled else batched_inputs)
         if not active:
             return losses, {}
@@ -372,13 +379,6 @@ class Distiller(nn.Module):
         """Load a student's state dict and, where its metadata holds them for their teachers, what the losses own."""
         load_distillation_state(getattr(state_dict, "_metadata", {}), self.losses, self._teachers)
         return self.student.load_state_dict(state_dict, strict, **kwargs)
-
-
-def _wants_labels(model: Distiller) -> bool:
-    """Whether anything reads labels of unlabelled images: losses on regions do, whose student samples by them."""
-    losses = model.losses.values()
-    needs = any(loss.needs_ground_truth or loss.needs_regions or loss.branch for loss in losses)
-    return model._pseudo_labels.weight > 0 or needs
 
 
 def _remove(handles: list) -> None:

@@ -45,8 +45,9 @@ def build_teachers_and_losses(cfg: CfgNode, student: nn.Module, teacher: Optiona
     """
     unlabelled = cfg.KD.UNLABELLED
     labels = unlabelled.RATIO > 0 and not unlabelled.RESULTS and unlabelled.WEIGHT > 0
-    distils = bool(enabled_loss_classes(cfg) or cfg.KD.INHERIT or labels and cfg.KD.TEACHER.CONFIG_FILE)
     plans = planned_teachers(cfg)
+    labels = labels and any(plan.cfg.KD.TEACHER.CONFIG_FILE for plan in plans if not plan.name)
+    distils = bool(enabled_loss_classes(cfg) or cfg.KD.INHERIT or labels)
     averaged = [plan for plan in plans if not plan.name and distils]
     others = [plan for plan in plans if plan.name and enabled_loss_classes(plan.cfg)]
     ret: Dict[str, Any] = {}
@@ -67,11 +68,13 @@ def build_teachers_and_losses(cfg: CfgNode, student: nn.Module, teacher: Optiona
     if unlabelled.RATIO > 0:
         labelling = [(averaged[0], networks[0])] if networks else []
         labelling += [(plan, other.teacher) for plan, other in zip(others, ret.get("other_teachers", ()))]
-        classes = known_classes(labelling[0][0].cfg, labelling[0][1]) if labelling and not unlabelled.RESULTS else {}
-        from_teacher = not unlabelled.RESULTS
-        ret["pseudo_labels"] = PseudoLabels(
-            threshold=unlabelled.THRESHOLD, weight=unlabelled.WEIGHT, from_teacher=from_teacher, **classes
-        )
+        options = {"threshold": unlabelled.THRESHOLD, "weight": unlabelled.WEIGHT}
+        if unlabelled.RESULTS:
+            options["from_teacher"] = False
+        elif labelling:
+            plan, network = labelling[0]
+            options.update(known_classes(plan.cfg, network))
+        ret["pseudo_labels"] = PseudoLabels(**options)
     return ret
 
 

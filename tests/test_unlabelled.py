@@ -180,6 +180,12 @@ def test_several_teachers_the_first_labels(tmp_path):
     torch.testing.assert_close(got["loss_nst"], alone["loss_nst"])  # the average of a teacher and itself
 
 
+def test_unnamed_teachers_label_without_losses(tmp_path):
+    teacher = {"CONFIG_FILE": str(tmp_path / "teacher.yaml"), "WEIGHTS": str(tmp_path / "teacher.pth")}
+    opts = {"KD__TEACHER__CONFIG_FILE": "", "KD__TEACHER__WEIGHTS": "", "KD__TEACHERS": [teacher, teacher]}
+    assert "loss_cls_pseudo" in losses_of(build(distillation_cfg(tmp_path, **ON, **opts)), mixed())
+
+
 def test_labels_that_come_with_the_images(tmp_path):
     """As from a file of results, without any teacher."""
     cfg = distillation_cfg(
