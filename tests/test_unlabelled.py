@@ -15,6 +15,7 @@ from kd_det.losses.build import build_losses
 from kd_det.teachers.feature_teacher import FeatureTeacher
 from tests.engine.test_distributed import on_two_ranks
 from tests.teachers.test_feature_teacher import Strides
+from tests.test_accelerator import step
 from tests.tiny import (
     KEYPOINT,
     MASK,
@@ -260,3 +261,10 @@ def step_of_a_rank(folder):
 def test_two_ranks(tmp_path):
     ours, theirs = on_two_ranks(tmp_path, step_of_a_rank, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_on_an_accelerator(tmp_path, weight):
+    opts = {"KD__UNLABELLED__WEIGHT": weight, "KD__TEACHER__CLASS_MAP": [[0, 1], [1, 0], [2, 2]]}
+    losses, _ = step(build(distillation_cfg(tmp_path, "NST", **ON, **opts)), mixed())
+    assert ("loss_cls_pseudo" in losses) == (weight > 0)
