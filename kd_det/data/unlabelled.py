@@ -150,6 +150,8 @@ def _problem(x, needs: Sequence[str]) -> str:
     if not isinstance(x, dict) or not {"image_id", "category_id", "bbox", "score"} <= set(x):
         found = ", ".join(map(str, x)) if isinstance(x, dict) else repr(x)
         return f"expected image_id, category_id, bbox and score, found {found}"
+    if not isinstance(x["image_id"], (int, str)):
+        return f"expected a number or a name as image_id, found {x['image_id']!r}"
     box = x["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box) or min(box[2:]) < 0:
         return f"expected a bbox of x, y, width and height, found {box!r}"

@@ -230,6 +230,7 @@ RESULTS = {
     "empty": ([], "expected a list of COCO detections, found nothing"),
     "no score": ([GOOD, {"image_id": 1, "category_id": 2, "bbox": []}], "detection 1: expected .* found image_id, cat"),
     "a number": ([3], "detection 0: expected image_id, category_id, bbox and score, found 3"),
+    "image of a list": ([{**GOOD, "image_id": [1]}], r"expected a number or a name as image_id, found \[1\]"),
     "a short box": ([{**GOOD, "bbox": [1, 2, 3]}], r"detection 0: expected a bbox of x, y, width .* found \[1, 2, 3\]"),
     "a negative box": ([{**GOOD, "bbox": [1, 2, -3, 4]}], "expected a bbox"),
     "not finite": ([{**GOOD, "bbox": [1, 2, float("nan"), 4]}], "expected a bbox"),
@@ -263,7 +264,8 @@ def test_results_without_masks_for_a_student_of_masks(tmp_path):
 
 OPTIONS = {
     "ratio": (["KD.UNLABELLED.RATIO", "0.3"], "RATIO 0.3 with 2 labelled images a process makes 0.6 unlabelled ones"),
-    "negative ratio": (["KD.UNLABELLED.RATIO", "-1.0"], "KD.UNLABELLED.RATIO must not be negative"),
+    "negative ratio": (["KD.UNLABELLED.RATIO", "-1.0"], "KD.UNLABELLED.RATIO must be a finite number >= 0, found -1.0"),
+    "infinite ratio": (["KD.UNLABELLED.RATIO", "1e999"], "KD.UNLABELLED.RATIO must be a finite number >= 0, found inf"),
     "no data set": (["KD.UNLABELLED.DATASETS", "[]"], "KD.UNLABELLED.DATASETS is empty: name a data set, or give a"),
     "unknown data set": (["KD.UNLABELLED.DATASETS", "['tyni']"], "Unknown data set 'tyni'. Did you mean 'tiny'"),
     "no folder": (["KD.UNLABELLED.DATASETS", "[['photographs','nowhere']]"], "expected a folder .* No such file"),

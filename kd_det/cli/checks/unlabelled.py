@@ -11,8 +11,8 @@ def check_unlabelled(run: PlannedRun) -> None:
     node = run.cfg.get("KD", {}).get("UNLABELLED")
     if node is None or not run.trains:
         return
-    if not node.RATIO >= 0:
-        raise UserError(f"KD.UNLABELLED.RATIO must not be negative, found {node.RATIO}")
+    if not 0 <= node.RATIO < float("inf"):
+        raise UserError(f"KD.UNLABELLED.RATIO must be a finite number >= 0, found {node.RATIO}")
     if not has_unlabelled(run.cfg):
         if node.DATASETS or node.RATIO:
             why = "KD.UNLABELLED.RATIO is 0.0" if not node.RATIO else "MODEL.META_ARCHITECTURE is not 'Distiller'"
