@@ -67,10 +67,11 @@ def unlabelled_dataset(cfg: CfgNode) -> list[dict]:
             f"the results {node.RESULTS!r} are of other images than {', '.join(names)}: they have the image ids "
             f"{theirs}, the data sets {ours}"
         )
+    left_out = len(records) - len(ret)
     boxes = sum(len(x["annotations"]) for x in ret)
     logger.info(
-        f"Pseudo-labels: {boxes} boxes with a score of at least {node.THRESHOLD:g} in {len(ret)} of {len(records)} "
-        f"images; the results do not name the others, which are left out."
+        f"Pseudo-labels: {boxes} boxes with a score of at least {node.THRESHOLD:g} in {len(ret)} images"
+        + (f"; {left_out} others, which the results do not name, are left out." if left_out else ".")
     )
     return ret
 

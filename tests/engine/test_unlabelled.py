@@ -271,6 +271,7 @@ OPTIONS = {
     "no folder": (["KD.UNLABELLED.DATASETS", "[['photographs','nowhere']]"], "expected a folder .* No such file"),
     "no results": (["KD.UNLABELLED.RESULTS", "nowhere.json"], "results 'nowhere.json' cannot be read: .*No such file"),
     "threshold": (["KD.UNLABELLED.THRESHOLD", "50.0"], "KD.UNLABELLED.THRESHOLD must be a score in 0..1, found 50.0"),
+    "no loss": (["KD.UNLABELLED.WEIGHT", "0.0", "KD.LOSSES", "()"], "unlabelled images would teach nothing"),
     "no teacher": (["KD.TEACHER.CONFIG_FILE", "", "KD.LOSSES", "()"], "need a teacher that labels them"),
 }
 

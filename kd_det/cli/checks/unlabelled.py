@@ -18,6 +18,8 @@ def check_unlabelled(run: PlannedRun) -> None:
             why = "KD.UNLABELLED.RATIO is 0.0" if not node.RATIO else "MODEL.META_ARCHITECTURE is not 'Distiller'"
             run.warnings.append(f"{why}: the unlabelled images are not used")
         return
+    if not node.WEIGHT and not run.model.losses:
+        raise UserError("KD.UNLABELLED.WEIGHT is 0.0 and nothing is distilled: unlabelled images would teach nothing")
     unlabelled_batch_size(run.cfg, run.cfg.SOLVER.IMS_PER_BATCH // run.num_processes)
     for name in unlabelled_names(run.cfg):
         summary = check_dataset(name)
