@@ -231,7 +231,7 @@ class Distiller(nn.Module):
 
         names = {loss.teacher_name for loss in active}
         if unlabelled and self._pseudo_labels is not None and self._pseudo_labels.from_teacher:
-            names.update(list(self._teachers)[:1])  # it labels
+            names.update(list(self._teachers)[:1])  # the one that labels
         for name, teacher in self._teachers.items():
             if name in names:
                 teacher.follow(self.student)

@@ -185,7 +185,7 @@ class MixedLoader:
 
     def load_state_dict(self, state: dict) -> None:
         self.labelled.load_state_dict(state)
-        # Of another seed: equal ones would augment the k-th images of both alike.
+        # With equal seeds, the k-th images of both would be augmented alike.
         self._unlabelled.load_state_dict({**state, "seed": (state["seed"] + 1) % 2**31})
 
     def start_at(self, batch: int) -> None:
