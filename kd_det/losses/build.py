@@ -39,10 +39,10 @@ class DistillationLoss(nn.Module):
         needs_regions: whether it reads ``context.region_pairs()``; both networks must then have ROI heads.
         needs_proposals: whether it reads the student's sampled regions alone, ``context.sampled``; the student must
             then have ROI heads.
-        needs_ground_truth: whether it reads ``context.ground_truth()`` or ``context.region_targets()``; on unlabelled
-            images these are pseudo-labels.
         branch: "mask" or "keypoint" if it reads ``context.branch_pair(branch)``; both networks must then have the head.
         compares_classes: whether it compares class by class; both networks must then have the same classes.
+        needs_labels: whether it reads the labels or the ground truth of the batch; on a detector's unlabelled images
+            these are pseudo-labels.
         needs_one_teacher: whether it reads the teacher's network itself, not only its maps and its predictions for
             regions; it cannot be taught by an average of several then.
         teacher_name: of a further teacher (the loss is logged as ``loss_<name>_<teacher_name>``); set by the Distiller.
@@ -52,9 +52,9 @@ class DistillationLoss(nn.Module):
     needs_taps = True
     needs_regions = False
     needs_proposals = False
-    needs_ground_truth = False
     branch: Optional[str] = None
     compares_classes = False
+    needs_labels = False
     needs_one_teacher = False
     teacher_name = ""
 

@@ -186,7 +186,7 @@ class FGDLoss(ConnectedLoss):
     """
 
     name = "fgd"
-    needs_ground_truth = True
+    needs_labels = True
 
     @configurable
     def __init__(
