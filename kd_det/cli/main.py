@@ -13,7 +13,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train a detector with or without a teacher, or evaluate it",
     "lazy-train": "the same from a LazyConfig (.py)",
-    "pretrain": "pretrain a backbone by image classification; compare configs over seeds",
+    "pretrain": "pretrain a backbone, with labels or without; compare configs over seeds",
     "evaluate-teacher": "evaluate the teacher of a config by itself, as it teaches",
     "taps": "list the places of the networks that losses can read",
     "weights": "measure the losses on a few batches, and propose weights",

@@ -40,6 +40,8 @@ def _model_and_batches(args: argparse.Namespace) -> tuple[Distiller, Iterable[li
         batches = trainer_class(cfg).build_train_loader(cfg)
     if not isinstance(model, Distiller):
         raise UserError("the config has no distillation losses to measure: name a teacher by --teacher")
+    if not getattr(model.student, "needs_labels", True):
+        raise UserError(f"{type(model.student).__name__} has no losses of its own to measure the others against")
     SafeCheckpointer(model, save_to_disk=False).load(weights)
     return model.train(), batches
 
