@@ -196,6 +196,11 @@ def _find_images(name: str, source: str, root: str | None = None) -> list[dict]:
                 f"data set {name!r}: expected a folder of images, a COCO json, or a file with a path a line at "
                 f"{source!r}; {type(e).__name__}: {one_line(e)}"
             ) from None
+        missing = [x["file_name"] for x in records if not os.path.isfile(x["file_name"])]
+        if missing:
+            raise DatasetError(
+                f"data set {name!r}: {len(missing)} of {len(records)} images are missing, the first is {missing[0]!r}"
+            )
     if not records:
         raise DatasetError(f"data set {name!r}: no image in {source!r} (of the kinds {', '.join(IMAGE_ENDINGS)})")
     return records
