@@ -287,7 +287,7 @@ BAD = {
     "a json with an empty list": (listed("a.json", '{"images": []}'), "data set 'flat2': no image in "),
     "no json": (listed("a.json", "flat/1.png"), "JSONDecodeError"),
     "a binary file": (lambda cfg, root: listed("x.bin", "\x00\n")(cfg, root), "1 of 1 images are missing"),
-    "no pair": (options(CLASSIFICATION__UNLABELLED=[["photos"]]), "or [name, folder] or [name, file] pairs, found ['ph"),
+    "no pair": (options(CLASSIFICATION__UNLABELLED=[["photos"]]), "[name, folder] or [name, file] pairs, found ['ph"),
     "a name of both kinds": (
         options(CLASSIFICATION__UNLABELLED=[["val", "elsewhere"]]),
         "CLASSIFICATION.UNLABELLED: the data set name 'val' is taken",
