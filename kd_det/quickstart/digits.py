@@ -20,7 +20,7 @@ import numpy as np
 
 from kd_det.quickstart.register import DIGIT_CLASSES, SPLITS
 
-__all__ = ["Picture", "Sources", "load_sources", "render_crop", "render_digit", "render_scene"]
+__all__ = ["Picture", "Sources", "extreme_points", "load_sources", "render_crop", "render_digit", "render_scene"]
 
 VAL_DIGITS = 0.25  # of each class, the last ones
 VAL_COLUMNS = 0.3  # of each photograph, the right ones
@@ -133,6 +133,19 @@ def render_crop(split, index, *, size, seed, light=False):
     """Draw one digit of class index % 10 that fills most of a :class:`Picture`, as :func:`render_scene` draws it."""
     rng = np.random.default_rng([seed, 1, SPLITS.index(split), index])
     return _render(rng, load_sources(split), size, [index % len(DIGIT_CLASSES)], CROP_SIDES, light)
+
+
+def extreme_points(mask):
+    """The (x, y) of DIGIT_KEYPOINTS: the middle pixel of the top and bottom row and of the left and right column."""
+    x0, y0, x1, y1 = _tight_box(mask)
+    xs, ys = ([_middle(mask[y]) for y in (y0, y1 - 1)], [_middle(mask[:, x]) for x in (x0, x1 - 1)])
+    return (xs[0], y0), (xs[1], y1 - 1), (x0, ys[0]), (x1 - 1, ys[1])
+
+
+def _middle(line):
+    """A stroke may end in a row of pixels, or touch it twice: the middle one of its pixels is on the digit."""
+    pixels = np.flatnonzero(line)
+    return int(pixels[len(pixels) // 2])
 
 
 def _render(rng, sources, size, labels, sides, light):
