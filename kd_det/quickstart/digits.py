@@ -136,16 +136,11 @@ def render_crop(split, index, *, size, seed, light=False):
 
 
 def extreme_points(mask):
-    """The (x, y) of DIGIT_KEYPOINTS: the middle pixel of the top and bottom row and of the left and right column."""
+    """The (x, y) of DIGIT_KEYPOINTS: of the digit's pixels in an outermost row or column, the middle one."""
     x0, y0, x1, y1 = _tight_box(mask)
-    xs, ys = ([_middle(mask[y]) for y in (y0, y1 - 1)], [_middle(mask[:, x]) for x in (x0, x1 - 1)])
-    return (xs[0], y0), (xs[1], y1 - 1), (x0, ys[0]), (x1 - 1, ys[1])
-
-
-def _middle(line):
-    """A stroke may end in a row of pixels, or touch it twice: the middle one of its pixels is on the digit."""
-    pixels = np.flatnonzero(line)
-    return int(pixels[len(pixels) // 2])
+    lines = [np.flatnonzero(line) for line in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1])]
+    top, bottom, left, right = (int(pixels[len(pixels) // 2]) for pixels in lines)
+    return (top, y0), (bottom, y1 - 1), (x0, left), (x1 - 1, right)
 
 
 def _render(rng, sources, size, labels, sides, light):

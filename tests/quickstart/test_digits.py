@@ -47,9 +47,9 @@ def test_boxes_are_tight_around_the_visible_pixels():
 
 
 def test_extreme_points_by_hand():
-    mask = np.array([[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
-    # As (x, y); of a row's or column's four pixels the third is taken, of two the second: never one between them.
-    assert digits.extreme_points(mask > 0) == ((3, 0), (1, 3), (0, 3), (5, 2))
+    mask = np.array([list(row) for row in ("..###.", "#.....", ".....#", "##.#..", "......")]) == "#"
+    # As (x, y); of two pixels the second, never a place between them.
+    assert digits.extreme_points(mask) == ((3, 0), (1, 3), (0, 3), (5, 2))
 
 
 def test_boxes_are_tight_in_the_image_itself(monkeypatch):
