@@ -26,5 +26,52 @@ __all__ = [
     "build_student",
     "build_teacher",
     "build_teacher_architecture",
+    "distill",
     "student_cfg",
 ]
+
+
+def distill(
+    student,
+    *,
+    teacher: str = "",
+    output: str = "",
+    losses=(),
+    opts=(),
+    teacher_weights: str = "",
+    imports=(),
+    num_gpus: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict:
+    """
+    ``kd-det train`` in one line, ``distill("student.yaml", teacher="teacher.yaml", output="out")``: the same checks,
+    training, files and log. With one GPU or none it trains in this process, whose random state and logging it restores.
+
+    Args:
+        student: file of a detector's config, or of one that names its teacher itself.
+        teacher, teacher_weights, imports, num_gpus, resume, overwrite: as the command's options.
+        output: OUTPUT_DIR; empty: the config's.
+        losses: names of losses; empty: the default ones.
+        opts: config keys and their values, as a dict or as ``["KEY", value, ...]``.
+
+    Returns:
+        The results of the last evaluation, as ``{"bbox": {"AP": ...}}``; empty where nothing was evaluated.
+
+    Raises:
+        ValueError, OSError: what the command would print as its error (``UserError`` is a ValueError).
+        FloatingPointError: a loss is not finite.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with everything saved.
+        RuntimeError: one of several processes failed; it has printed why.
+    """
+    # The command line needs OpenCV, and what only a training needs.
+    from kd_det.cli.distill import run_command_line
+
+    pairs = [x for pair in opts.items() for x in pair] if hasattr(opts, "items") else list(opts)
+    argv = ["--config-file", student, "--num-gpus", num_gpus]
+    argv += ["--teacher", teacher] if teacher else []
+    argv += ["--teacher-weights", teacher_weights] if teacher_weights else []
+    argv += ["--losses", ",".join(losses)] if losses else []
+    argv += [x for module in imports for x in ("--import", module)]
+    argv += ["--resume"] * resume + ["--overwrite"] * overwrite
+    return run_command_line([str(x) for x in argv + (["OUTPUT_DIR", output] if output else []) + pairs])

@@ -84,6 +84,11 @@ def add_kd_config(cfg: CN) -> None:
     # Decay of the average (EMA) of the student's weights that is evaluated and, at the end, saved as model_ema.pth; 0:
     # no average is kept. Read by kd_det.engine.Trainer.
     cfg.KD.EMA_DECAY = 0.0
+    # With TEST.EVAL_PERIOD: the number of the evaluation by which model_best.pth is kept, e.g. "segm/AP"; empty: its
+    # first, a detector's box AP or a classifier's top-1. Read by kd_det.engine.Trainer, as the next key.
+    cfg.KD.BEST_METRIC = ""
+    # Where a run is logged beside metrics.json and TensorBoard: "wandb", "mlflow"; pip install kd_det[wandb].
+    cfg.KD.WRITERS = ()
     # Learning rate, momentum and weight decay after --resume: the "checkpoint"'s, or those of the "config".
     cfg.KD.RESUME_SOLVER = "checkpoint"
 
@@ -185,6 +190,14 @@ def add_kd_config(cfg: CN) -> None:
     # Hints (FitNets, arXiv 1412.6550) at middle layers: p2 alone would cost three times as much as these together.
     node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p3", "p4", "p5"), has_regions=True)
     # Norm behind each 1x1 connector; "": none.
+    node.CONNECTOR_NORM = ""
+
+    # FD, feature distillation of foundation models (arXiv 2205.14141). Without taps: res3 to res5 of both backbones, or
+    # the deepest level of each where the teacher has other strides. The weight is the published one, for AdamW.
+    node = add_loss_config(cfg, "FD", weight=1.0, has_regions=True)
+    # beta of the smooth L1 distance.
+    node.BETA = 2.0
+    # As KD.HINT.CONNECTOR_NORM.
     node.CONNECTOR_NORM = ""
 
     # PKD (arXiv 2207.02039): channels standardised over images and positions. Weight and levels are MMRazor's for
@@ -309,7 +322,7 @@ def check_kd_config(node: CN, name: str = "KD") -> None:
 def _add_classification_config(cfg: CN) -> None:
     """The keys of the pretraining stage."""
     cfg.CLASSIFICATION = node = CN()
-    # K of ImageClassifier's head; must be the data set's.
+    # K of ImageClassifier's head; must be the data set's. BackboneOnly has none.
     node.NUM_CLASSES = 1000
     # The backbone's output that is pooled and classified; MODEL.RESNETS.OUT_FEATURES must hold it.
     node.IN_FEATURE = "res5"
@@ -324,6 +337,9 @@ def _add_classification_config(cfg: CN) -> None:
 
     # Folders to register as data sets, as [name, folder] pairs; a folder holds one folder of images a class.
     node.IMAGE_FOLDERS = []
+    # Images without labels to register as data sets, for BackboneOnly: [name, folder], with images at any depth, or
+    # [name, file]: a COCO json or a path a line, from the file's folder, or from a third entry.
+    node.UNLABELLED = []
     # An image that cannot be read: "stop" the run, or "skip" it with a warning and a count.
     node.CORRUPT_IMAGES = "stop"
     # Images a step in evaluation, on each GPU.
@@ -332,6 +348,15 @@ def _add_classification_config(cfg: CN) -> None:
     node.PREFETCH_FACTOR = 2
     # Whether the workers outlive an evaluation.
     node.PERSISTENT_WORKERS = True
+
+    node.PROBE = probe = CN()
+    # A data set with labels: from its images, without augmentation, k-NN and a linear probe learn to classify those of
+    # DATASETS.TEST by BackboneOnly's pooled features.
+    probe.TRAIN = ""
+    # At most so many of its images, evenly spread over it.
+    probe.MAX_IMAGES = 50000
+    # k of k-NN.
+    probe.NEIGHBOURS = 20
 
     node.AUG = aug = CN()
     # Side of the random resized crop, and its share of the image's area and its aspect ratio.

@@ -229,7 +229,21 @@ def _merge(cfg: CfgNode, merge, what, *, where: str) -> None:
     except (AttributeError, TypeError) as e:
         raise ValueError(f"{where}: a value stands where Detectron2 has a section, or the reverse ({e})") from e
     except (OverflowError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{where}: {one_line(e)}") from e
+        raise ValueError(f"{where}: {_with_example(cfg, one_line(e))}") from e
+
+
+def _with_example(cfg: CfgNode, message: str) -> str:
+    """yacs' message of a value of another type, as the value that was found and one that the key takes."""
+    found = re.fullmatch(r"Type mismatch \(.*?\) with values \((.*)\) for config key: (\S+)", message)
+    if not found:
+        return message
+    default = cfg
+    for part in found[2].split("."):
+        default = default[part]
+    value = found[1].removeprefix(f"{' '.join(str(default).split())} vs. ")
+    examples = {str: "'text'", tuple: "('a', 'b')", list: "['a', 'b']"}  # for defaults that are empty
+    example = repr(default) if default or default == 0 else examples.get(type(default), repr(default))
+    return f"{found[2]} is {value}, expected a value of type {type(default).__name__}, such as {example}"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from kd_det.features.regions import RegionHead, RegionTaps
 from kd_det.features.taps import Taps
 from kd_det.losses.auto_weight import measure_auto_weights
 from kd_det.losses.build import DistillationLoss
+from kd_det.losses.summary import distillation_summary
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage, run_teacher
@@ -117,7 +118,7 @@ class Distiller(nn.Module):
         # The student outlives the Distiller; the teacher must not live on in a hook of it.
         handles = [handle for teacher in self._teachers.values() for handle in teacher.handles]
         weakref.finalize(self, _remove, [*self._student_taps.handles, *handles])
-        self._warned_of_frozen_taps = False
+        self._is_described = False
 
     def _connect(self, group: OtherTeacher) -> None:
         """Fit losses to the student and their teacher; some choose their taps by that."""
@@ -214,7 +215,7 @@ class Distiller(nn.Module):
         branch_regions = regions.branch_regions() if regions is not None else {}
         sampled = regions.pop() if regions is not None else None
         taught = {name: teacher.pop() for name, teacher in teachers.items()}
-        self._warn_of_frozen_taps(features)
+        self._describe(features, {name: maps.features for name, maps in taught.items()})
         steps = {
             name: StepContext(
                 image_sizes(batched_inputs),
@@ -278,10 +279,12 @@ class Distiller(nn.Module):
         """A loss that is off: 0 on the student's device, from which DDP finds a gradient for every connector."""
         return sum((p.view(-1)[:0].sum() for p in loss.parameters()), torch.zeros((), device=self.device))
 
-    def _warn_of_frozen_taps(self, features: Dict[str, List[Tensor]]) -> None:
-        if self._warned_of_frozen_taps:
+    def _describe(self, features: Dict[str, List[Tensor]], taught: Dict[str, Dict[str, List[Tensor]]]) -> None:
+        """Log once what is distilled, with the sizes of the first step's maps, and warn of frozen taps."""
+        if self._is_described:
             return
-        self._warned_of_frozen_taps = True
+        self._is_described = True
+        logger.info(f"Distillation:\n{distillation_summary(self.losses.values(), features, taught)}")
         frozen = [name for name, maps in features.items() if not any(m.requires_grad for m in maps)]
         if frozen:
             logger.warning(

@@ -14,7 +14,7 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.modeling import FPN, Backbone, ResNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.utils import comm
+from detectron2.utils import comm, logger
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
@@ -29,6 +29,7 @@ def reads(function, name: str) -> bool:
 NAMES = {
     "_LOCAL_PROCESS_GROUP": lambda: hasattr(comm, "_LOCAL_PROCESS_GROUP") and reads(comm.get_local_rank, "_LOCAL_PROC"),
     "_BatchNorm": lambda: issubclass(nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm),
+    "_cached_log_stream": lambda: hasattr(logger._cached_log_stream, "cache_clear"),
     "_coco_api": lambda: reads(COCOEvaluator.__init__, "self._coco_api = COCO("),
     "_default_font_size": lambda: reads(Visualizer.draw_text, "self._default_font_size"),
     "_data_loader": lambda: reads(hooks.PreciseBN, "self._data_loader ="),

@@ -1,21 +1,19 @@
 """
 Image classification as a Detectron2 meta-architecture.
 
-Shapes: N images of a batch, K classes, C channels of the classified feature map.
+Shapes: N images of a batch, K classes.
 """
 
 import contextlib
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.structures import ImageList
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from kd_det.errors import unknown_name
-from kd_det.features.context import normalised_images, valid_mask
+from kd_det.classification.backbone_only import BackboneOnly
 from kd_det.weights.convert import classifier_names
 from kd_det.weights.strict import refuse_misshapen
 
@@ -23,65 +21,33 @@ __all__ = ["ImageClassifier"]
 
 
 @META_ARCH_REGISTRY.register()
-class ImageClassifier(nn.Module):
+class ImageClassifier(BackboneOnly):
     """A backbone, global average pooling of one of its maps, and a linear layer named ``linear``."""
 
-    # What it reads of kd_det's config nodes, see kd_det.student.student_cfg.
-    config_nodes = ("CLASSIFICATION",)
+    needs_labels = True
 
     @configurable
-    def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        num_classes: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        in_feature: str = "res5",
-        input_format: Optional[str] = None,
-        label_smoothing: float = 0.0,
-        input_size: int = 0,
-    ):
+    def __init__(self, *, num_classes: int, label_smoothing: float = 0.0, **kwargs):
         """
         Args:
             num_classes: K.
-            pixel_mean, pixel_std: one number a channel, in the units of the images (0 to 255).
-            in_feature: the backbone's output that is classified.
-            input_format: channel order of the images, e.g. "RGB".
             label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
-            input_size: side to which the backbone's input is resized first; 0: as it comes.
+            kwargs: see :class:`BackboneOnly`.
 
         Raises:
             ValueError: the backbone has no such output, or a number out of range.
         """
-        super().__init__()
+        super().__init__(**kwargs)
         if num_classes < 2:
             raise ValueError(f"ImageClassifier: num_classes must be at least 2, found {num_classes}.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"ImageClassifier: label_smoothing must be in [0, 1), found {label_smoothing}.")
-        self.backbone = backbone
-        self.in_feature = in_feature
         self.num_classes = num_classes
-        self.input_format = input_format
         self.label_smoothing = label_smoothing
         self.linear = self._build_linear()
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        if input_size:
-            # In the backbone's call, so that its maps cover the images it is given also for those who run it alone.
-            resize = {"size": (input_size, input_size), "mode": "bilinear", "antialias": True}
-            self.backbone.register_forward_pre_hook(lambda _, args: (F.interpolate(args[0], **resize),))
-
-    _build_backbone = staticmethod(build_backbone)
 
     def _build_linear(self) -> nn.Module:
-        shapes = self.backbone.output_shape()
-        if self.in_feature not in shapes:
-            raise ValueError(
-                unknown_name("output of the backbone in CLASSIFICATION.IN_FEATURE", self.in_feature, shapes)
-                + " MODEL.RESNETS.OUT_FEATURES chooses a ResNet's."
-            )
-        linear = nn.Linear(shapes[self.in_feature].channels, self.num_classes)
+        linear = nn.Linear(self.in_channels, self.num_classes)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         return linear
@@ -89,16 +55,8 @@ class ImageClassifier(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict:
         node = cfg.CLASSIFICATION
-        return {
-            "backbone": cls._build_backbone(cfg),
-            "num_classes": node.NUM_CLASSES,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "in_feature": node.IN_FEATURE,
-            "input_format": cfg.INPUT.FORMAT,
-            "label_smoothing": node.LABEL_SMOOTHING,
-            "input_size": node.INPUT_SIZE,
-        }
+        own = {"num_classes": node.NUM_CLASSES, "label_smoothing": node.LABEL_SMOOTHING}
+        return {**super().from_config(cfg), **own}
 
     @staticmethod
     def configure_teacher(teacher_cfg: CfgNode, name: str) -> None:
@@ -106,10 +64,6 @@ class ImageClassifier(nn.Module):
         from kd_det.classification.networks import configure_network
 
         configure_network(teacher_cfg, name)
-
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: List[Dict]):
         """
@@ -136,21 +90,7 @@ class ImageClassifier(nn.Module):
 
     def logits(self, batched_inputs: List[Dict]) -> Tensor:
         """(N, K)."""
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)[self.in_feature]
-        return self.linear(self._pool(features, images))
-
-    def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
-        return normalised_images(self, batched_inputs)
-
-    @staticmethod
-    def _pool(features: Tensor, images: ImageList) -> Tensor:
-        """(N, C): the mean over the positions that hold image."""
-        valid = valid_mask(images.image_sizes, tuple(images.tensor.shape[-2:]), tuple(features.shape[-2:]))
-        if valid.all():
-            return features.mean(dim=(2, 3))
-        valid = valid.to(features)
-        return (features * valid).sum(dim=(2, 3)) / valid.sum(dim=(2, 3))
+        return self.linear(self.pooled(batched_inputs))
 
     def _targets(self, batched_inputs: List[Dict]) -> Tensor:
         labels = [x["label"] for x in batched_inputs]

@@ -8,7 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
 
-__all__ = ["ClassificationEvaluator", "ranks"]
+__all__ = ["ClassificationEvaluator", "accuracy", "ranks"]
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
@@ -18,6 +18,11 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """
     own = scores.gather(1, labels[:, None])
     return (~(scores < own)).sum(dim=1) - own[:, 0].isfinite().long()
+
+
+def accuracy(found: Tensor) -> Dict[str, float]:
+    """``top1`` and ``top5``, percentages, from the :func:`ranks` of the right classes."""
+    return {f"top{k}": 100 * (found < k).double().mean().item() for k in (1, 5)}
 
 
 class ClassificationEvaluator(DatasetEvaluator):
@@ -36,5 +41,4 @@ class ClassificationEvaluator(DatasetEvaluator):
         gathered = comm.gather(own)
         if not comm.is_main_process():
             return None
-        found = torch.cat(gathered)
-        return OrderedDict(classification={f"top{k}": 100 * (found < k).double().mean().item() for k in (1, 5)})
+        return OrderedDict(classification=accuracy(torch.cat(gathered)))

@@ -22,6 +22,7 @@ class GradientAttentionLoss(DistillationLoss):
     """
 
     name = "gradient_at"
+    needs_labels = True
     needs_taps = False
     needs_one_teacher = True
 

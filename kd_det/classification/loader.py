@@ -11,10 +11,11 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from kd_det.classification.data import load_dataset
+from kd_det.classification.data import load_dataset, load_images
 from kd_det.classification.mapper import ClassificationMapper, build_mapper
 from kd_det.engine.loader import ResumableLoader, images_per_process
 from kd_det.random_state import preserved_random_state, seed_everything
+from kd_det.student import student_class
 
 __all__ = ["MixingLoader", "build_test_loader", "build_train_loader"]
 
@@ -41,7 +42,7 @@ class MixingLoader(ResumableLoader):
     def __iter__(self) -> Iterator[list[dict]]:
         for number, batch in enumerate(super().__iter__(), self.first):
             images = torch.stack([x["image"] for x in batch]).float()
-            labels = torch.tensor([x["label"] for x in batch])
+            labels = torch.tensor([x.get("label", 0) for x in batch])  # without labels, only the images matter
             with preserved_random_state():
                 # Images are seeded by (seed, place); three numbers keep clear of those.
                 seed_everything(self.state_dict()["seed"], number, comm.get_rank())
@@ -51,8 +52,8 @@ class MixingLoader(ResumableLoader):
 
 def build_train_loader(cfg: CfgNode, mapper: ClassificationMapper | None = None) -> ResumableLoader:
     """
-    Endless batches of ``SOLVER.IMS_PER_BATCH`` images over all processes, from ``DATASETS.TRAIN``; the mapper is by
-    default :func:`build_mapper`'s.
+    Endless batches of ``SOLVER.IMS_PER_BATCH`` images over all processes, from ``DATASETS.TRAIN``, with labels where
+    the student needs them; the mapper is by default :func:`build_mapper`'s.
 
     Raises:
         ValueError: a data set that cannot be used, or a wrong value of a config key.
@@ -61,7 +62,8 @@ def build_train_loader(cfg: CfgNode, mapper: ClassificationMapper | None = None)
     if aug.MIXUP or aug.CUTMIX:
         mixing = {"num_classes": cfg.CLASSIFICATION.NUM_CLASSES, "mixup": aug.MIXUP, "cutmix": aug.CUTMIX}
         loader = functools.partial(MixingLoader, **mixing)
-    images = DatasetFromList(load_dataset(cfg.DATASETS.TRAIN), copy=False)
+    load = load_dataset if student_class(cfg).needs_labels else load_images
+    images = DatasetFromList(load(cfg.DATASETS.TRAIN), copy=False)
     return loader(
         images,
         mapper or build_mapper(cfg, is_train=True),
@@ -74,8 +76,14 @@ def build_train_loader(cfg: CfgNode, mapper: ClassificationMapper | None = None)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Every image of a data set once, over all processes; corrupt ones are left out, where they are to be skipped."""
-    dicts = DatasetFromList(load_dataset([dataset_name]), copy=False)
+    """
+    Every image of a data set once, of ``PROBE.TRAIN`` at most ``PROBE.MAX_IMAGES``, over all processes; corrupt ones
+    are left out, where they are to be skipped.
+    """
+    dicts, probe = load_dataset([dataset_name]), cfg.CLASSIFICATION.PROBE
+    if dataset_name == probe.TRAIN:
+        dicts = dicts[:: -(-len(dicts) // probe.MAX_IMAGES)]
+    dicts = DatasetFromList(dicts, copy=False)
     return DataLoader(
         dicts,
         batch_size=cfg.CLASSIFICATION.TEST_BATCH_SIZE,

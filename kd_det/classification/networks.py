@@ -92,6 +92,9 @@ class NetworkClassifier(ImageClassifier):
         network = models.get_model(name.partition(".")[0], weights=None, num_classes=node.NUM_CLASSES)
         return _Network(network, {}, _TORCHVISION_HEADS)
 
+    def _pooled_channels(self) -> int:
+        return 0  # the logits are not pooled
+
     def _build_linear(self) -> nn.Module:
         logits = nn.Identity()  # a place for the tap behind a head that is inside the network
         logits.out_features = self.num_classes

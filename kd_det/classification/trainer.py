@@ -5,15 +5,20 @@ import logging
 import os
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
+from torch import nn
 
-from kd_det.classification.classifier import ImageClassifier
+from kd_det.classification.backbone_only import BackboneOnly
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.loader import build_test_loader, build_train_loader
+from kd_det.classification.probe import FeatureCollector, ProbeEvaluator
 from kd_det.engine.average import AVERAGE_FILE, AverageStatistics, plain_model
 from kd_det.engine.trainer import EVALUATORS, Trainer
 from kd_det.errors import UserError
+from kd_det.random_state import preserved_random_state
 from kd_det.student import student_class
 from kd_det.weights.backbone_file import backbone_metadata, backbone_weights, save_backbone
 
@@ -28,8 +33,9 @@ EVALUATORS["classification"] = lambda cfg, name, output_dir: ClassificationEvalu
 
 class ClassificationTrainer(Trainer):
     """
-    Trains an ``ImageClassifier``, plain or as a Distiller's student. At the end, the backbone, of the average where one
-    is kept (``CLASSIFICATION.EMA_DECAY`` or ``KD.EMA_DECAY``), is in ``OUTPUT_DIR/backbone.pkl``.
+    Trains an ``ImageClassifier``, plain or as a Distiller's student, or a ``BackboneOnly`` as one. At the end, the
+    backbone, of the average where one is kept (``CLASSIFICATION.EMA_DECAY`` or ``KD.EMA_DECAY``), is in
+    ``OUTPUT_DIR/backbone.pkl``.
     """
 
     @classmethod
@@ -43,6 +49,17 @@ class ClassificationTrainer(Trainer):
     @classmethod
     def ema_decay(cls, cfg: CfgNode) -> float:
         return cfg.CLASSIFICATION.EMA_DECAY or super().ema_decay(cfg)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
+        """As ``DefaultTrainer.test``; the evaluators of a backbone without a head are k-NN and a linear probe."""
+        if evaluators is None and cfg.DATASETS.TEST and not plain_model(model).needs_labels:
+            probe = cfg.CLASSIFICATION.PROBE
+            with preserved_random_state():  # PyTorch draws a seed for its workers
+                known = inference_on_dataset(model, cls.build_test_loader(cfg, probe.TRAIN), FeatureCollector())
+            classes = len(MetadataCatalog.get(probe.TRAIN).classes)
+            evaluators = [ProbeEvaluator(known, classes, neighbours=probe.NEIGHBOURS) for _ in cfg.DATASETS.TEST]
+        return super().test(cfg, model, evaluators)
 
     def build_hooks(self):
         ret = super().build_hooks()
@@ -73,13 +90,13 @@ class _ExportBackbone(HookBase):
 
 
 def is_classifier(cfg: CfgNode) -> bool:
-    """Whether the student of a config is an ``ImageClassifier`` or made from it."""
+    """Whether the student of a config is of this stage: a ``BackboneOnly``, such as an ``ImageClassifier``."""
     student = student_class(cfg)
-    return isinstance(student, type) and issubclass(student, ImageClassifier)
+    return isinstance(student, type) and issubclass(student, BackboneOnly)
 
 
 def trainer_class(cfg: CfgNode) -> type[Trainer]:
-    """The trainer of a config: this stage's if the student is a classifier, kd_det's otherwise."""
+    """The trainer of a config: this stage's if the student is of it, kd_det's otherwise."""
     return ClassificationTrainer if is_classifier(cfg) else Trainer
 
 

@@ -11,6 +11,8 @@ Several folders of one name are seeds of one run: the table has their mean and s
 import argparse
 import os
 
+from tqdm import tqdm
+
 from kd_det.cli.arguments import describe
 from kd_det.cli.run_folder import open_runs, summarize
 from kd_det.cli.run_tool import run_tool
@@ -19,7 +21,7 @@ from kd_det.visualization import TABLE_FORMATS, draw_curves, runs_table
 
 def _compare(args: argparse.Namespace) -> None:
     runs = open_runs(args.runs)
-    rows = [summarize(name, folders) for name, folders in runs.items()]
+    rows = [summarize(name, folders) for name, folders in tqdm(runs.items(), "reading", unit="run", disable=None)]
     os.makedirs(args.output, exist_ok=True)
     for form in TABLE_FORMATS:
         with open(os.path.join(args.output, f"table.{form}"), "w") as file:
@@ -29,6 +31,7 @@ def _compare(args: argparse.Namespace) -> None:
     print(runs_table(rows))
     print(f"\n{args.output}: {', '.join(f'table.{form}' for form in TABLE_FORMATS)}, ", end="")
     print(", ".join(map(os.path.basename, curves)))
+    print(f"Next, one page with pictures: kd-det report {' '.join(args.runs)}")
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:

@@ -64,7 +64,8 @@ def _convert_detector(args: argparse.Namespace) -> None:
     plain = _keys_of(get_cfg(), found)
     plain.MODEL.WEIGHTS = args.output
     config.write_text(plain.dump())
-    print(f"{args.output}: {sum(p.numel() for p in detector.parameters()):,} parameters, of {config}")
+    print(f"{args.output}: {sum(p.numel() for p in detector.parameters()):,} parameters, of {config}. Next:")
+    print(f"  kd-det train --config-file STUDENT.yaml --teacher {config}")
 
 
 def _keys_of(cfg: CfgNode, values: CfgNode) -> CfgNode:

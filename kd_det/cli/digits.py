@@ -11,6 +11,7 @@ digits_voc_val.
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 from dataclasses import fields
@@ -53,6 +54,10 @@ def _make(output: str, overwrite: bool, options: dict) -> None:
     except ImportError as e:
         raise UserError(f"{e}; scikit-learn and scikit-image hold the digits and the photographs") from e
     print(f"{output}: {'written' if written else 'already there with these options, reused'}")
+    folder, name = os.path.split(os.path.abspath(output))
+    if name == "digits":  # Detectron2 finds it under that name only
+        train = "kd-det train --config-file configs/Quickstart/student_R_18_FPN.yaml"
+        print(f"Next: DETECTRON2_DATASETS={shlex.quote(folder)} {train}")
 
 
 def main(argv: list[str] | None = None) -> None:

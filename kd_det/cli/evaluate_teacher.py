@@ -35,6 +35,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     setup_logger()
     results = (_of_lazy_config if is_lazy(args) else _of_yaml_config)(args)
     print(tabulate(flatten_results_dict(results).items(), headers=("teacher", ""), floatfmt=".2f"))
+    print("Next: kd-det train with the same arguments, if that is the teacher you know.")
 
 
 def _of_yaml_config(args: argparse.Namespace) -> dict:

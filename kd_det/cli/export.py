@@ -32,6 +32,7 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{report.folder}: {', '.join(report.files)}; {report.num_parameters:,} parameters")
     print(f"  needs Detectron2{''.join(f' and {name}' for name in report.needs)}, not kd_det")
     print(f"  check run: relative error of the maps {report.feature_error:.2g}, detections {before} -> {after}")
+    print(f"  next: {report.folder}/README.md shows how to load it")
 
 
 def _export_lazy(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ Train or evaluate from a LazyConfig file: Detectron2's tools/lazyconfig_train_ne
 """
 
 import argparse
+import logging
 import os
 
 import torch
@@ -23,7 +24,6 @@ from kd_det.cli.checks.run import check_folder, remove_earlier_run
 from kd_det.cli.launch import launch
 from kd_det.cli.lazy_config import load_lazy_config, plain_student
 from kd_det.cli.run_tool import run_tool
-from kd_det.cli.summary import distillation_summary
 from kd_det.engine.step import TrainStep
 from kd_det.errors import UserError
 from kd_det.weights.checkpoint import SafeCheckpointer
@@ -43,10 +43,8 @@ def evaluate_lazy(cfg: DictConfig, model):
     return results
 
 
-def _train(cfg: DictConfig, logger, *, resume: bool):
+def _train(cfg: DictConfig, *, config_file: str, resume: bool):
     model = instantiate(cfg.model).to(cfg.train.device)
-    if getattr(model, "losses", None):
-        logger.info(f"Distillation:\n{distillation_summary(model)}")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     if comm.get_world_size() > 1:
@@ -71,15 +69,18 @@ def _train(cfg: DictConfig, logger, *, resume: bool):
     resumes = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     trainer.train(trainer.iter + 1 if resumes else 0, cfg.train.max_iter)
+    weights = os.path.join(cfg.train.output_dir, "model_final.pth")
+    export = f"kd-det export --config-file {config_file} --weights {weights} --output exported"
+    logging.getLogger("kd_det").info(f"Wrote {weights}. Next:\n  {export}")
 
 
 def _process(args: argparse.Namespace):
     cfg = load_lazy_config(args)
     remove_earlier_run(cfg.train.output_dir, args)
     default_setup(cfg, args)
-    logger = setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
     if not args.eval_only:
-        return _train(cfg, logger, resume=args.resume)
+        return _train(cfg, config_file=args.config_file, resume=args.resume)
     model = instantiate(plain_student(cfg.model)).to(cfg.train.device)
     if not cfg.train.init_checkpoint:
         raise UserError("train.init_checkpoint is empty: there is nothing to evaluate")

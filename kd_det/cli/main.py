@@ -1,9 +1,11 @@
-"""The console script ``kd-det``, also ``python -m kd_det``: one command for each thing to do."""
+"""
+The console script ``kd-det``, also ``python -m kd_det``: one command for each thing to do. ``kd_det_command.py`` runs
+this file by its path, so that PyTorch is imported only where a command needs it: kd_det itself is imported inside.
+"""
 
 import importlib
 import sys
-
-from kd_det.errors import unknown_name
+import warnings
 
 __all__ = ["COMMANDS", "main"]
 
@@ -11,7 +13,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train a detector with or without a teacher, or evaluate it",
     "lazy-train": "the same from a LazyConfig (.py)",
-    "pretrain": "pretrain a backbone by image classification; compare configs over seeds",
+    "pretrain": "pretrain a backbone, with labels or without; compare configs over seeds",
     "evaluate-teacher": "evaluate the teacher of a config by itself, as it teaches",
     "taps": "list the places of the networks that losses can read",
     "weights": "measure the losses on a few batches, and propose weights",
@@ -24,6 +26,11 @@ COMMANDS = {
     "quickstart": "teacher, student alone and distilled student on that data set, compared",
 }
 
+# Deprecations in Detectron2 and fvcore, which no user of a command can act on. They go behind the user's own filters,
+# and are set again where a process is spawned.
+for message, category in (("`torch.jit", FutureWarning), ("torch.meshgrid", UserWarning)):
+    warnings.filterwarnings("ignore", message, category, append=True)
+
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -33,6 +40,8 @@ def main() -> None:
         print("kd-det COMMAND --help tells more.")
         return
     if name not in COMMANDS:
+        from kd_det.errors import unknown_name
+
         sys.exit(f"error: {unknown_name('command', name, COMMANDS)}")
     sys.argv = [f"kd-det {name}", *sys.argv[2:]]
     importlib.import_module(f"kd_det.cli.{name.replace('-', '_')}").main()

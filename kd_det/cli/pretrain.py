@@ -1,7 +1,9 @@
 """
-Pretrain a backbone by image classification, with or without a teacher, or evaluate a classifier.
+Pretrain a backbone by image classification, with or without a teacher, or without labels by a teacher's features; or
+evaluate it.
 
     kd-det pretrain --config-file configs/Classification/ImageNet/R_50-R_18/nst_soft_targets.yaml
+    kd-det pretrain --config-file configs/Classification/Unlabelled/dinov2_R_18.yaml
     kd-det pretrain --seeds 0 1 2 --compare configs/Classification/Digits/[!Bt]*.yaml
 
 Ends with OUTPUT_DIR/backbone.pkl, which a detector takes as MODEL.WEIGHTS. With --compare, it trains each config with
@@ -20,6 +22,7 @@ from kd_det.cli.checks import check_run
 from kd_det.cli.run_tool import run_tool
 from kd_det.cli.train import check_and_launch
 from kd_det.errors import UserError
+from kd_det.student import student_class
 from kd_det.study.compare import compare
 from kd_det.study.runs import Run
 
@@ -51,7 +54,8 @@ def _run(path: str, seed: int, opts: list[str], num_gpus: int) -> Run:
     command = ["pretrain", "--num-gpus", str(num_gpus), "--config-file", path, *opts, "SEED", str(seed)]
     cfg = load_config(_arguments([*command[1:], "OUTPUT_DIR", output_dir]))
     inputs = list(filter(os.path.isfile, [cfg.KD.TEACHER.WEIGHTS]))
-    return Run(f"{path} with seed {seed}", command, cfg, inputs, task="classification")
+    task = "classification" if getattr(student_class(cfg), "needs_labels", True) else "linear"
+    return Run(f"{path} with seed {seed}", command, cfg, inputs, task=task)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata
 from detectron2.modeling import build_model
+from tqdm import tqdm
 
 from kd_det.classification.trainer import is_classifier
 from kd_det.cli.arguments import describe
@@ -142,7 +143,7 @@ def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
 def _disagreements(cfg: CfgNode, viewer: Viewer, records: list[dict], metadata: Metadata) -> dict[str, list[Row]]:
     """The images with the most objects that one of the two networks finds and the other misses, by headline."""
     found: dict[str, list[tuple[int, Row]]] = {TEACHER_RIGHT: [], STUDENT_RIGHT: []}
-    for record in records:
+    for record in tqdm(records, "teacher and student", unit="image", disable=None):
         sample = read_sample(cfg, record)
         seen = viewer(sample)
         theirs, own = (found_objects(record, seen[who].instances) for who in ("teacher", "student"))

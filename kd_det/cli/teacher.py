@@ -36,8 +36,9 @@ def name_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) 
 def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=()) -> list:
     """
     What completes the config of :func:`name_teacher` where its networks are known, as KEY, VALUE, KEY, VALUE, ...: the
-    default losses, ``NST`` and, if both have ROI heads that share classes, ``SoftTarget``; and taps on pyramid levels
-    restricted to those that both backbones have, unless the user's ``opts`` hold the key.
+    default losses, ``NST`` and, if both have ROI heads that share classes, ``SoftTarget``, or ``FeatureDistillation``
+    for a backbone without a head; and taps on pyramid levels restricted to those that both backbones have, unless the
+    user's ``opts`` hold the key.
 
     Raises:
         ValueError: an unknown loss, or no level in common.
@@ -45,7 +46,7 @@ def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=
     ret, losses = [], tuple(cfg.KD.LOSSES)
     if losses == UNDECIDED:
         classes = [getattr(getattr(network, "roi_heads", None), "num_classes", None) for network in (student, teacher)]
-        losses = ("NST",)
+        losses = ("NST",) if getattr(student, "needs_labels", True) else ("FeatureDistillation",)
         if None not in classes:
             try:
                 match_classes(*classes, **known_classes(cfg, teacher))

@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from torch import nn
+from tqdm import tqdm
 
 from kd_det.classification.trainer import is_classifier
 from kd_det.cli.arguments import config_parser, is_lazy, load_config, parse_arguments
@@ -85,11 +86,11 @@ def _visualize(args: argparse.Namespace) -> None:
                 raise
             print(f"without the student before training: {one_line(e)}")
             continue
-        for one, sample in zip(seen, samples):
+        for one, sample in tqdm(zip(seen, samples), name, len(samples), unit="image", disable=None):
             one.update(viewer(sample, name))
 
     contact_sheet = []
-    for i, (sample, one) in enumerate(zip(samples, seen)):
+    for i, (sample, one) in enumerate(zip(tqdm(samples, "drawing", unit="image", disable=None), seen)):
         name = f"{i:03d}_{os.path.splitext(os.path.basename(sample.record['file_name']))[0]}"
         detections = detections_row(sample, one, metadata, min_score=args.min_score)
         everything = [draw_row(detections)]

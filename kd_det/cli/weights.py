@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from tqdm import tqdm
 
 from kd_det.classification.trainer import trainer_class
 from kd_det.cli.arguments import config_parser, is_lazy, load_config, parse_arguments
@@ -39,17 +40,21 @@ def _model_and_batches(args: argparse.Namespace) -> tuple[Distiller, Iterable[li
         batches = trainer_class(cfg).build_train_loader(cfg)
     if not isinstance(model, Distiller):
         raise UserError("the config has no distillation losses to measure: name a teacher by --teacher")
+    if not getattr(model.student, "needs_labels", True):
+        raise UserError(f"{type(model.student).__name__} has no losses of its own to measure the others against")
     SafeCheckpointer(model, save_to_disk=False).load(weights)
     return model.train(), batches
 
 
 def _propose(args: argparse.Namespace) -> None:
     model, batches = _model_and_batches(args)
+    batches = tqdm(itertools.islice(batches, args.batches), "measuring", args.batches, unit="batch", disable=None)
     with EventStorage():
-        sizes = measure_losses(model, itertools.islice(batches, args.batches), share=args.share)
+        sizes = measure_losses(model, batches, share=args.share)
     print(format_sizes(sizes))
     # The weights of further teachers' losses stand in their LOSS_OPTS, in KD.TEACHERS.
     proposed = [size for size in sizes if size.proposed is not None and not model.losses[size.name].teacher_name]
+    print("Next: append these to kd-det train, or write them into the config:")
     print(*(f"KD.{size.name.upper()}.WEIGHT {size.proposed:.3g}" for size in proposed))
 
 

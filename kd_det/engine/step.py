@@ -191,12 +191,15 @@ class TrainStep(SimpleTrainer):
         return f"{what} {self._dump(batch, losses)}"
 
     def _log(self, names: list[str], ranks: list[list[float]]):
-        """What ``SimpleTrainer.write_metrics`` logs, without its collectives of pickles and a read for each loss."""
+        """
+        What ``SimpleTrainer.write_metrics`` logs, without its collectives of pickles and a read for each loss, and also
+        a single loss under its own name.
+        """
         if not comm.is_main_process():
             return
         means = {name: sum(row[i] for row in ranks) / len(ranks) for i, name in enumerate(names)}
         scalars = {"data_time": max(row[-2] for row in ranks), "total_loss": sum(means.values())}
-        get_event_storage().put_scalars(**scalars, **(means if len(means) > 1 else {}))
+        get_event_storage().put_scalars(**{**means, **scalars})
 
     def _give_up(self, problem: str, buffers: list[tuple[Tensor, Tensor]]):
         problem = f"iteration {self.iter}: {problem}"

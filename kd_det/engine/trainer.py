@@ -15,12 +15,14 @@ from torch import nn
 
 from kd_det.data import DatasetError, evaluator_type
 from kd_det.engine.average import AverageStatistics, AverageWeights, plain_model
+from kd_det.engine.best import BestStudent
 from kd_det.engine.evaluation import COCOEvaluator, test_with_augmentation
 from kd_det.engine.loader import build_train_loader
 from kd_det.engine.resuming import RESUME_SOLVER, load_optimizer
 from kd_det.engine.step import PRECISIONS, TrainStep
 from kd_det.engine.stopping import CheckpointHook, StopSignals
 from kd_det.engine.teacher_evaluation import EvaluateTeacher
+from kd_det.engine.writers import TrackingWriter, check_writers
 from kd_det.errors import UserError, one_line, unknown_name
 from kd_det.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_det.weights.average import WeightAverage
@@ -50,10 +52,12 @@ class Trainer(DefaultTrainer):
     of the data. For the latter, ``build_train_loader`` must return a :class:`ResumableLoader`.
 
     With ``KD.EMA_DECAY``, the average of the student's weights is what is evaluated; checkpoints hold both, and at the
-    end ``OUTPUT_DIR/model_ema.pth`` is a plain student of the average.
+    end ``OUTPUT_DIR/model_ema.pth`` is a plain student of the average. With ``TEST.EVAL_PERIOD``,
+    ``OUTPUT_DIR/model_best.pth`` is the plain student that was evaluated best, see :class:`BestStudent`.
     """
 
     average: WeightAverage | None = None
+    best: BestStudent | None = None
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
@@ -106,7 +110,9 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list:
         # DefaultTrainer's __init__ calls this with the model built and nothing loaded.
-        decay = self.ema_decay(self.cfg)
+        decay, kd = self.ema_decay(self.cfg), self.cfg.get("KD", {})
+        if self.cfg.TEST.EVAL_PERIOD > 0:
+            self.best = BestStudent(self.cfg.OUTPUT_DIR, kd.get("BEST_METRIC", ""))
         if decay:
             self.average = WeightAverage(plain_model(self.model), decay)
         ret = [
@@ -117,7 +123,7 @@ class Trainer(DefaultTrainer):
         before_evaluation = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
         ret.insert(before_evaluation, CheckpointHook(self.checkpointer, *periods, self._signals))
-        if self.cfg.get("KD", {}).get("TEACHER", {}).get("EVALUATE", False):
+        if kd.get("TEACHER", {}).get("EVALUATE", False):
             ret.append(EvaluateTeacher())
         # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
         loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
@@ -129,6 +135,12 @@ class Trainer(DefaultTrainer):
         self.checkpointer.add_checkpointable("ema", self.average)
         # Before the checkpointer, so that a checkpoint holds the averages of its own weights.
         return [AverageStatistics(), AverageWeights(), *ret]
+
+    def build_writers(self) -> list:
+        """Detectron2's, and those of ``KD.WRITERS``; ``UserError`` for one that is unknown or not installed."""
+        names = self.cfg.get("KD", {}).get("WRITERS", ())
+        check_writers(names)
+        return [*super().build_writers(), *(TrackingWriter(name, self.cfg.OUTPUT_DIR) for name in names)]
 
     @classmethod
     def ema_decay(cls, cfg: CfgNode) -> float:
@@ -152,6 +164,8 @@ class Trainer(DefaultTrainer):
     def _evaluate(self):
         with self.averaged():
             self._last_eval_results = self._tester.test(self.cfg, self.model)
+            if self.best is not None and comm.is_main_process():
+                self.best.update(self._last_eval_results, plain_model(self.model), min(self.iter, self.max_iter - 1))
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -161,6 +175,8 @@ class Trainer(DefaultTrainer):
             self.average.start()
         if not self.start_iter:
             return
+        if self.best is not None and comm.is_main_process():
+            self.best.resume()
         if not self._loaders:
             logger.warning("This train loader cannot continue where it was: the order of the data starts anew.")
         evaluations = self.start_iter // self.cfg.TEST.EVAL_PERIOD if self.cfg.TEST.EVAL_PERIOD > 0 else 0
@@ -169,12 +185,16 @@ class Trainer(DefaultTrainer):
             loader.start_at(start)
 
     def train(self):
-        """As ``DefaultTrainer.train``. After SIGTERM or SIGINT it saves all and raises ``SystemExit(RESUMABLE)``."""
+        """
+        As ``DefaultTrainer.train``, and returns the results of the last evaluation, if there was one. After SIGTERM or
+        SIGINT it saves all and raises ``SystemExit(RESUMABLE)``.
+        """
         log = logging.getLogger("detectron2.engine.train_loop")
         log.addFilter(_without_traceback)
         try:
             with self._signals.handled():
-                return super().train()
+                super().train()
+            return getattr(self, "_last_eval_results", None)
         finally:
             log.removeFilter(_without_traceback)
 

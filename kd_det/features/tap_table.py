@@ -76,5 +76,5 @@ def input_size(cfg: CfgNode) -> tuple[int, int]:
 
 
 def format_taps(taps: list[TapInfo]) -> str:
-    rows = [(t.name, t.channels, t.stride, "{}x{}".format(*t.size), "frozen" if t.frozen else "") for t in taps]
-    return tabulate(rows, headers=("tap", "channels", "stride", "size", ""), tablefmt="simple")
+    rows = [(t.name, t.channels, t.stride, "{}x{}".format(*t.size), "yes" if t.frozen else "") for t in taps]
+    return tabulate(rows, headers=("tap", "channels", "stride", "size", "frozen"), tablefmt="simple")

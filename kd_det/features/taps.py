@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from kd_det.errors import unknown_name
 
-__all__ = ["PRE_ACTIVATION", "Taps", "tap_module", "tap_names", "tap_shape"]
+__all__ = ["PRE_ACTIVATION", "Taps", "deepest_level", "tap_module", "tap_names", "tap_shape"]
 
 PRE_ACTIVATION = "pre_activation"
 
@@ -215,6 +215,14 @@ def tap_names(model: nn.Module) -> List[str]:
             if level in stages and _ends_in_relu(_last_block(stages[level])):
                 names.append(f"{level}.{PRE_ACTIVATION}")
     return list(dict.fromkeys(names))
+
+
+def deepest_level(model: nn.Module) -> str:
+    """The level of the largest stride, the last of several, of a backbone or of what its pyramid is built on."""
+    shapes = _output_shape(_networks(model)[-1])
+    if not shapes:
+        raise ValueError(f"The backbone of {type(model).__name__} declares no levels: name the taps.")
+    return max(reversed(shapes), key=lambda level: shapes[level].stride)
 
 
 def tap_shape(model: nn.Module, name: str, *, side: str = "model") -> ShapeSpec:

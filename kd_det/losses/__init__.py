@@ -20,6 +20,7 @@ from kd_det.losses.dense_soft_target import (
 )
 from kd_det.losses.dist import DISTLoss, dist_loss
 from kd_det.losses.dkd import DKDLoss, dkd_loss
+from kd_det.losses.feature_distillation import FeatureDistillationLoss, feature_distillation_loss
 from kd_det.losses.fgd import FGDLoss, fgd_loss
 from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
 from kd_det.losses.hint import HintLoss, hint_loss
@@ -45,6 +46,7 @@ __all__ = [
     "DistillationLoss",
     "FGDLoss",
     "FSPLoss",
+    "FeatureDistillationLoss",
     "HintLoss",
     "KeypointSoftTargetLoss",
     "MGDLoss",
@@ -68,6 +70,7 @@ __all__ = [
     "dense_class_loss",
     "dist_loss",
     "dkd_loss",
+    "feature_distillation_loss",
     "fgd_loss",
     "fsp_loss",
     "fsp_matrix",

@@ -186,6 +186,7 @@ class FGDLoss(ConnectedLoss):
     """
 
     name = "fgd"
+    needs_labels = True
 
     @configurable
     def __init__(

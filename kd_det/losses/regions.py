@@ -47,11 +47,11 @@ class RegionsLoss(DistillationLoss):
 
     def connect(self, student: nn.Module, teacher: nn.Module) -> None:
         super().connect(student, teacher)
-        # Classifiers alone have this method; their images have a label and no boxes.
-        if self.regions != "all" and hasattr(student, "task_losses"):
+        # Students of the pretraining stage alone have this attribute; their images have a label at most, and no boxes.
+        if self.regions != "all" and hasattr(student, "needs_labels"):
             raise ValueError(
                 f"KD.{self.name.upper()}.REGIONS is {self.regions!r}, and {type(student).__name__} has images without "
-                f"boxes: a classifier is distilled at 'all' positions."
+                f"boxes: it is distilled at 'all' positions."
             )
 
     def weights_at(self, features: Tensor, context) -> Tensor | None:

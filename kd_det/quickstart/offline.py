@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 import cv2
 import numpy as np
 from pycocotools import mask as run_lengths
+from tqdm import tqdm
 
 from kd_det.data.checks import DatasetError
 from kd_det.quickstart.digits import extreme_points, render_crop, render_scene
@@ -138,7 +139,7 @@ def _write(root, options):
 def _write_scenes(root, split, count, options):
     images, annotations = [], []
     categories = [{"id": i + 1, "name": n, "keypoints": DIGIT_KEYPOINTS} for i, n in enumerate(DIGIT_CLASSES)]
-    for index in range(count):
+    for index in tqdm(range(count), f"{split} images", unit="image", disable=None):
         name = f"{split}_{index:06d}"
         picture = render_scene(split, index, size=options.size, seed=options.seed, light=options.light)
         _write_image(os.path.join(root, "JPEGImages", name + ".jpg"), picture.image)
@@ -173,7 +174,7 @@ def _write_crops(root, split, count, options):
     folders = [os.path.join(root, "classification", split, name) for name in DIGIT_CLASSES]
     for folder in folders if count else ():
         os.makedirs(folder)
-    for index in range(count):
+    for index in tqdm(range(count), f"{split} crops", unit="image", disable=None):
         picture = render_crop(split, index, size=options.crop_size, seed=options.seed, light=options.light)
         _write_image(os.path.join(folders[picture.labels[0]], f"{index:06d}.jpg"), picture.image)
 

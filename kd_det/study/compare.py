@@ -39,7 +39,7 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> str:
         for run in group:
             run.complete(log=subprocess.DEVNULL)
         results = [run.metrics() for run in group]
-        top1, top5 = (np.array([r[f"classification/top{k}"] for r in results]) for k in (1, 5))
+        top1, top5 = (np.array([r[f"{group[0].task}/top{k}"] for r in results]) for k in (1, 5))
         each = " ".join(f"{value:.1f}" for value in top1)
         rows.append([name, _mean_and_spread(top1), _mean_and_spread(top5), each, f"{results[0]['time']:.2f}"])
     seeds = " ".join(str(run.cfg.SEED) for run in group)

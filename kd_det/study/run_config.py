@@ -23,7 +23,7 @@ def used_config(cfg: CfgNode) -> CfgNode:
         named = {loss_class(name) for name in ret.KD.LOSSES}
         unused = {loss.name.upper() for _, loss in DISTILLATION_LOSS_REGISTRY if loss not in named}
     else:
-        unused = set(ret.get("KD", ())) - {"IMPORTS", "NON_FINITE"}  # read in any training
+        unused = set(ret.get("KD", ())) - {"BEST_METRIC", "IMPORTS", "NON_FINITE", "WRITERS"}  # read in any training
     for key in unused:
         ret.KD.pop(key, None)
     if "CLASSIFICATION" not in getattr(student_class(cfg), "config_nodes", ()):

@@ -11,6 +11,7 @@ import math
 from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
@@ -35,10 +36,11 @@ _PROBE_SIDE = 448
 class _Features(Backbone):
     """A network's maps under their own names, and under ``p<k>`` and ``res<k>`` where their stride is nearest 2^k."""
 
-    def __init__(self, network: nn.Module, channels_last: bool, stage_modules: Dict[str, nn.Module]):
+    def __init__(self, network: nn.Module, channels_last: bool, stage_modules: Dict[str, nn.Module], input_size: int):
         super().__init__()
         self.network = network
         self._channels_last = channels_last
+        self._input_size = input_size
         # By name, so that a deep copy finds its own modules.
         names = {module: name for name, module in network.named_modules()}
         self._stage_names = {level: names[module] for level, module in stage_modules.items()}
@@ -55,7 +57,7 @@ class _Features(Backbone):
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
         strides = [shapes[name].stride for name in outputs]
         # Coarser maps are pooled from those of stride 32, and need no more padding.
-        self._size_divisibility = max([s for s in strides if s <= 32], default=max(strides))
+        self._size_divisibility = 0 if input_size else max([s for s in strides if s <= 32], default=max(strides))
 
     @property
     def size_divisibility(self) -> int:
@@ -67,6 +69,8 @@ class _Features(Backbone):
         return {level: self.network.get_submodule(name) for level, name in self._stage_names.items()}
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        if self._input_size:
+            x = F.interpolate(x, size=(self._input_size,) * 2, mode="bilinear", antialias=True)
         maps = self._maps(x)
         return {**maps, **{alias: maps[name] for alias, name in self._levels.items()}}
 
@@ -87,7 +91,8 @@ class _Features(Backbone):
         """Channels and strides, from one image of zeros."""
         seen: Dict[str, Tensor] = {}
         parameter = next(self.network.parameters())
-        image = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=parameter.device, dtype=parameter.dtype)
+        side = self._input_size or _PROBE_SIDE
+        image = torch.zeros(1, 3, side, side, device=parameter.device, dtype=parameter.dtype)
         self.network.eval()
         try:
             with contextlib.ExitStack() as stack:
@@ -98,11 +103,12 @@ class _Features(Backbone):
                 maps = self._maps(image)
         except (RuntimeError, AssertionError) as e:
             raise ValueError(
-                f"The teacher's network must run on images of any size; on {_PROBE_SIDE} x {_PROBE_SIDE} it fails: {e} "
-                f"(A ViT of timm needs MODEL.TIMM.OPTS ['dynamic_img_size', True] in KD.TEACHER.OPTS.)"
+                f"The teacher's network must run on images of any size; on {side} x {side} it fails: {e} (A ViT of "
+                f"timm needs MODEL.TIMM.OPTS ['dynamic_img_size', True] in KD.TEACHER.OPTS; or its own side there as "
+                f"CLASSIFICATION.INPUT_SIZE, to which images are then resized.)"
             ) from e
         return {
-            name: ShapeSpec(channels=value.shape[1], stride=round(_PROBE_SIDE / value.shape[2]))
+            name: ShapeSpec(channels=value.shape[1], stride=round(side / value.shape[2]))
             for name, value in {**maps, **seen}.items()
         }
 
@@ -128,6 +134,7 @@ class FeatureTeacher(nn.Module):
         input_format: str = "RGB",
         channels_last: bool = False,
         stage_modules: Optional[Dict[str, nn.Module]] = None,
+        input_size: int = 0,
     ):
         """
         Args:
@@ -136,6 +143,7 @@ class FeatureTeacher(nn.Module):
             input_format: channel order that the network wants.
             channels_last: the maps are (N, h, w, C).
             stage_modules: modules inside the network whose outputs (N, C, h, w) are levels, e.g. {"res4": body.layer3}.
+            input_size: side to which a batch is resized first, for a network of one size; 0: as it comes.
 
         Raises:
             ValueError: the network cannot run on images of any size, or gives something else than maps.
@@ -144,12 +152,13 @@ class FeatureTeacher(nn.Module):
         self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.backbone = _Features(network, channels_last, stage_modules or {})
+        self.backbone = _Features(network, channels_last, stage_modules or {}, input_size)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict:
         library, _, name = cfg.KD.TEACHER.CONFIG_FILE.partition("://")
-        return _from_torchvision(name, cfg) if library == "torchvision" else _from_timm(name, cfg)
+        ret = _from_torchvision(name, cfg) if library == "torchvision" else _from_timm(name, cfg)
+        return {**ret, "input_size": cfg.CLASSIFICATION.INPUT_SIZE}
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Normalise and pad raw images (3, H, W), given in the order ``input_format``."""
@@ -184,8 +193,8 @@ def torchvision_teacher(detector: nn.Module) -> FeatureTeacher:
 @register_teacher_source("timm")
 class LibraryTeacher(TeacherSource):
     """
-    A network of torchvision or timm by its name: the features of a detector, of a classifier of the ResNet family, or
-    of any network of timm. A student that is a classifier takes a classifier whole.
+    A network of torchvision or timm by its name: the features of a detector, of any network of timm, or of a classifier
+    of torchvision that has maps before its head. A student that is a classifier takes a classifier whole.
     """
 
     def configure(self, cfg: CfgNode, student: CfgNode) -> None:
@@ -234,13 +243,17 @@ def _from_torchvision(name: str, cfg: CfgNode) -> Dict:
     mean, std, _ = expected_images("torchvision", name)
     network = models.get_model(architecture, weights=None)
     stages = _resnet_stages(network)
-    if len(stages) < 4:
+    # The stages of a ResNet; of other networks, the part in front of the classifier.
+    parts = [f"layer{i}" for i in range(1, 5)] if len(stages) == 4 else ["features", "trunk_output", "conv5"]
+    parts = [part for part in parts if hasattr(network, part)]
+    if not parts:
         raise ValueError(
-            f"torchvision's {architecture!r} has no layer1 to layer4 to read. Take the network from timm "
-            f"('timm://...'), or wrap it: kd_det.teachers.feature_teacher.FeatureTeacher(network=...)."
+            f"torchvision's {architecture!r} has no layer1 to layer4, features or trunk_output to read. Take it from "
+            f"timm ('timm://...'), or wrap it: kd_det.teachers.feature_teacher.FeatureTeacher(network=...)."
         )
-    body = IntermediateLayerGetter(network, {f"layer{i}": f"layer{i}" for i in range(1, 5)})
-    return {"network": body, "pixel_mean": mean, "pixel_std": std, "stage_modules": stages}
+    body = IntermediateLayerGetter(network, {part: part for part in parts})
+    ret = {"network": body, "pixel_mean": mean, "pixel_std": std, "stage_modules": stages}
+    return {**ret, "channels_last": isinstance(network, models.SwinTransformer)}
 
 
 def _from_timm(name: str, cfg: CfgNode) -> Dict:

@@ -84,6 +84,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         age = None if is_remote(self.save_dir) else os.path.getmtime  # a store has no dates, but names are in order
         for candidate in sorted(self.get_all_checkpoint_files(), key=age, reverse=True):
             local = self.path_manager.get_local_path(candidate)
+            if candidate.endswith(("model_best.pth", "model_ema.pth")):  # plain students: nothing to resume from
+                continue
             if candidate != path and zipfile.is_zipfile(local):
                 with zipfile.ZipFile(local) as archive:
                     if archive.testzip() is None:

@@ -122,6 +122,7 @@ class _Collector(SafeCheckpointer):
     def _load_model(self, checkpoint):
         # Zoo checkpoints still carry the normalisation they were trained with; no model loads it any more.
         self.normalisation = {k: v for k, v in checkpoint["model"].items() if k in _NORMALISATION_KEYS}
+        given = {key: tuple(value.shape) for key, value in checkpoint["model"].items()}
         matching = logging.getLogger("detectron2.checkpoint.c2_model_loading")
         try:
             matching.addFilter(_is_error)  # it warns twice of every weight that does not fit
@@ -129,8 +130,15 @@ class _Collector(SafeCheckpointer):
         finally:
             matching.removeFilter(_is_error)
         self.misshapen = {key: misshapen(key, have, want) for key, have, want in found.incorrect_shapes}
+        # Where Detectron2 matches by the ends of names (backbone files), other shapes are missing and left over to it.
+        own, unfit = self.model.state_dict(), set()
+        for key in found.missing_keys:
+            name = max((name for name in given if f".{key}".endswith(f".{name}")), key=len, default=None)
+            if name is not None and given[name] != own[key].shape:
+                self.misshapen[key] = misshapen(key, given[name], own[key].shape)
+                unfit.add(name)
         self.missing = [key for key in found.missing_keys if key not in self.misshapen]
-        self.unexpected = found.unexpected_keys
+        self.unexpected = [key for key in found.unexpected_keys if key not in unfit]
         return None  # nothing is left for the base class to log
 
 

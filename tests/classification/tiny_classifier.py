@@ -1,6 +1,7 @@
 """Tiny real classifiers, and folders of images for them."""
 
 import numpy as np
+import timm
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
@@ -92,4 +93,34 @@ def write_folder(root, per_class: int = 3, classes=("ant", "bee", "cat", "dog"),
             picture = rng.integers(0, 60, (*size, 3), dtype=np.uint8)
             picture[..., label % 3] += np.uint8(60 + 60 * (label // 3))
             Image.fromarray(picture).save(root / name / f"{i}.png")
+    return str(root)
+
+
+def unlabelled_cfg(tmp_path, *losses: str, **opts) -> CfgNode:
+    """A tiny BackboneOnly taught by the maps of a tiny random ViT, of stride 16; taps are its last map and res5."""
+    if not (tmp_path / "vit.pth").exists():
+        torch.manual_seed(1)
+        torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
+    cfg = classifier_cfg(
+        MODEL__META_ARCHITECTURE="Distiller",
+        KD__STUDENT__META_ARCHITECTURE="BackboneOnly",
+        KD__LOSSES=losses or ("FeatureDistillation",),
+        KD__TEACHER__CONFIG_FILE="timm://test_vit",
+        KD__TEACHER__WEIGHTS=str(tmp_path / "vit.pth"),
+        KD__TEACHER__OPTS=["MODEL.TIMM.OPTS", ["dynamic_img_size", True]],
+        KD__SIMILARITY__SAMPLES="images",
+    )
+    for name in ("HINT", "NST", "SIMILARITY"):
+        set_options(cfg, {f"KD__{name}__STUDENT_TAPS": ("res5",), f"KD__{name}__TEACHER_TAPS": ("res4",)})
+    set_options(cfg, opts)
+    return cfg
+
+
+def write_flat(root, count: int = 6, size=(40, 36)) -> str:
+    """Images without classes, some of them in a folder of a folder."""
+    rng = np.random.default_rng(0)
+    (root / "deep" / "er").mkdir(parents=True)
+    for i in range(count):
+        picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(root / ("deep/er" if i % 3 == 0 else ".") / f"{i}.png")
     return str(root)

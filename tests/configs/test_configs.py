@@ -25,7 +25,7 @@ from tests.tiny import LOSSES, batch
 
 ROOT = Path(__file__).parents[2] / "configs"
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.yaml"))
-CLASSIFIERS = [f for f in FILES if f.startswith("Classification/") or f.endswith("two_stage_1_backbone.yaml")]
+CLASSIFIERS = [f for f in FILES if f.startswith(("Classification/", "Quickstart/two_stage_1"))]
 RUNS = [f for f in FILES if "Base-" not in f and f not in CLASSIFIERS]
 
 # What a test makes small; a part of it applies to the student, all of it to the teacher.
@@ -168,7 +168,9 @@ def test_every_file_loads(name):
     cfg = load(name)
     weights = cfg.MODEL.WEIGHTS
     assert "Base-" in name or len((ROOT / name).read_text().splitlines()) <= 35
-    if cfg.KD.TEACHER.CONFIG_FILE not in ("", OWN_AVERAGE) and not cfg.KD.TEACHER.WEIGHTS:
+    if cfg.KD.TEACHER.CONFIG_FILE.startswith("timm://"):
+        assert cfg.KD.TEACHER.CONFIG_FILE == get_teacher_cfg(cfg).MODEL.WEIGHTS
+    elif cfg.KD.TEACHER.CONFIG_FILE not in ("", OWN_AVERAGE) and not cfg.KD.TEACHER.WEIGHTS:
         weights = get_teacher_cfg(cfg).MODEL.WEIGHTS
         assert weights.startswith("https://dl.fbaipublicfiles.com/detectron2/") and weights.endswith(".pkl")
 

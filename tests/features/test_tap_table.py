@@ -54,8 +54,9 @@ def test_input_size_is_a_test_images():
 
 def test_table():
     text = format_taps([TapInfo("res2", 256, 4, (200, 336), True), TapInfo("p3", 64, 8, (100, 168), False)])
+    assert text.split()[:5] == ["tap", "channels", "stride", "size", "frozen"]
     assert [line.split() for line in text.splitlines()[2:]] == [
-        ["res2", "256", "4", "200x336", "frozen"],
+        ["res2", "256", "4", "200x336", "yes"],
         ["p3", "64", "8", "100x168"],
     ]
 

@@ -32,6 +32,7 @@ ON_MAPS = {
     "at_max_pow": (functools.partial(losses.attention_transfer_loss, mapping="max_pow"), 60),
     "at_element": (functools.partial(losses.attention_transfer_loss, reduction="element"), 50),
     "hint": (losses.hint_loss, 20),
+    "fd": (losses.feature_distillation_loss, 20),
     "partial_l2": (losses.partial_l2_loss, 25),
     "overhaul": (with_margin, 25),
     "overhaul_sum": (functools.partial(with_margin, reduction="sum"), 25),

@@ -9,6 +9,7 @@ import torch
 from kd_det.losses import _blocks
 from kd_det.losses._spatial import full_precision
 from kd_det.losses.attention_transfer import attention_transfer_loss
+from kd_det.losses.feature_distillation import feature_distillation_loss
 from kd_det.losses.fgd import fgd_loss
 from kd_det.losses.hint import hint_loss
 from kd_det.losses.mgd import mgd_loss
@@ -41,6 +42,7 @@ LOSSES = {
     "hint": hint_loss,
     "partial_l2": partial_l2_loss,
     "overhaul": _overhaul,
+    "fd": feature_distillation_loss,
     "fgd": _fgd,
     "mgd": lambda s, t, valid=None: mgd_loss(s, t, torch.nn.Identity(), mask_ratio=0.0, valid=valid),
     "review": lambda s, t, valid=None: hierarchical_context_loss([s], [t], valid=[valid]),
@@ -237,7 +239,7 @@ def test_channels_may_differ(name):
 
 
 # Plain autograd has a second derivative.
-HAND_WRITTEN = [n for n in LOSSES if n not in ("nst_linear", "at_sum", "at_cubic", "at_max_pow")]
+HAND_WRITTEN = [n for n in LOSSES if n not in ("fd", "nst_linear", "at_sum", "at_cubic", "at_max_pow")]
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)

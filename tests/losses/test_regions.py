@@ -12,6 +12,7 @@ from kd_det.features.position_weights import REGIONS
 from kd_det.losses import (
     AttentionTransferLoss,
     CWDLoss,
+    FeatureDistillationLoss,
     HintLoss,
     MGDLoss,
     NSTLoss,
@@ -42,6 +43,7 @@ LOSSES = {
     "at_max_pow": (functools.partial(losses.attention_transfer_loss, mapping="max_pow", p=3), 70),
     "at_element": (functools.partial(losses.attention_transfer_loss, reduction="element"), 70),
     "hint": (losses.hint_loss, 35),
+    "fd": (losses.feature_distillation_loss, 35),
     "partial_l2": (losses.partial_l2_loss, 35),
     "overhaul": (overhaul, 35),
     "mgd": (mgd, 35),
@@ -170,6 +172,7 @@ NAMES = {
     "AttentionTransfer": AttentionTransferLoss,
     "Overhaul": OverhaulLoss,
     "Hint": HintLoss,
+    "FeatureDistillation": FeatureDistillationLoss,
     "PKD": PKDLoss,
     "CWD": CWDLoss,
     "MGD": MGDLoss,

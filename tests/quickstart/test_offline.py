@@ -200,7 +200,8 @@ def test_tool(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     args = ["--num-train", "2", "--num-val", "2", "--size", "64", "--num-crops", "0", "--num-val-crops", "0"]
     digits.main(args)
-    assert capsys.readouterr().out == f"{tmp_path / 'digits'}: written\n"
+    written, following = capsys.readouterr().out.splitlines()
+    assert written == f"{tmp_path / 'digits'}: written" and f"DETECTRON2_DATASETS={tmp_path} kd-det train" in following
     assert read_image(str(tmp_path / "digits" / "JPEGImages" / "val_000001.jpg")).shape == (64, 64, 3)
     assert not (tmp_path / "digits" / "classification").exists()
     digits.main(args)

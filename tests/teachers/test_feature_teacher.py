@@ -175,7 +175,7 @@ def test_region_losses_are_refused_with_the_reason(tmp_path):
     "name,message",
     [
         ("torchvision://fasterrcnn_resnet51_fpn", "Did you mean 'fasterrcnn_resnet50_fpn"),
-        ("torchvision://mobilenet_v3_small", "has no layer1 to layer4 to read. Take the network from timm"),
+        ("torchvision://vit_b_32", "has no layer1 to layer4, features or trunk_output to read. Take it from timm"),
         ("timm://resnet10tt", "Unknown model of timm 'resnet10tt'. Did you mean 'resnet10t'"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
+from kd_det.weights.backbone_file import backbone_weights, save_backbone
 from kd_det.weights.strict import check_initial_weights, load_strictly
 from tests.tiny import tiny_cfg
 
@@ -77,6 +78,10 @@ def test_weights_of_another_width(tmp_path):
     stem = r"backbone.bottom_up.stem.conv1.weight is \(8, 3, 7, 7\), expected \(4, 3, 7, 7\)"
     with pytest.raises(ValueError, match=rf"has 12: 12 misshapen \({stem} and 11 more\)"):
         check_initial_weights(build_model(tiny_cfg(width=4)), str(tmp_path / "wide.pth"), who="student")
+    # As kd-det pretrain writes it, and Detectron2 matches it by the ends of names.
+    save_backbone(str(tmp_path / "wide.pkl"), backbone_weights(build_model(tiny_cfg(width=8))), {})
+    with pytest.raises(ValueError, match=rf"has 12: 12 misshapen \({stem} and 11 more\)\. "):
+        check_initial_weights(build_model(tiny_cfg(width=4)), str(tmp_path / "wide.pkl"), who="student")
 
 
 def test_weights_that_do_not_exist_or_are_damaged(tmp_path):

@@ -10,11 +10,11 @@ import os
 
 from detectron2.config import CfgNode
 
-from kd_det.classification.checks import check_input
-from kd_det.classification.data import check_classes
+from kd_det.classification.checks import check_data, check_input, check_needs_no_labels, check_whole_backbone_learns
 from kd_det.classification.trainer import is_classifier
 from kd_det.cli.checks import classes, data, model
 from kd_det.cli.checks.run import PlannedRun, check_folder, check_processes, check_solver
+from kd_det.cli.teacher import UNDECIDED
 from kd_det.engine.stopping import restartable
 
 __all__ = ["PlannedRun", "check_run"]
@@ -25,6 +25,7 @@ CHECKS = (
     check_solver,
     check_processes,
     data.check_there_is_something_to_evaluate,
+    lambda run: check_needs_no_labels(run.cfg) if run.trains and run.cfg.KD.LOSSES != UNDECIDED else None,
     model.check_model,
     model.check_norms,
     model.check_weights,
@@ -42,7 +43,8 @@ DETECTOR_CHECKS = (
 )
 CLASSIFIER_CHECKS = (
     lambda run: check_input(run.cfg),
-    lambda run: check_classes(run.cfg, run.training_sets + run.test_sets),
+    lambda run: check_data(run.cfg, run.training_sets, run.test_sets),
+    lambda run: check_whole_backbone_learns(run.cfg, run.model) if run.trains else None,
     model.check_teacher_evaluation,
 )
 
@@ -66,6 +68,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError, OSError: with one line for the user.
     """
+    args.warnings = []
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return cfg
     run = PlannedRun(cfg, args)

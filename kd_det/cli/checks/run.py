@@ -14,13 +14,14 @@ from torch import nn
 
 from kd_det.data import DatasetSummary
 from kd_det.engine.step import NON_FINITE
+from kd_det.engine.writers import check_writers
 from kd_det.errors import IMPORT_HINT, UserError
 from kd_det.weights.average import check_decay
 
 __all__ = ["PlannedRun", "check_folder", "check_processes", "check_solver", "naming", "remove_earlier_run"]
 
 # What a training writes into its folder.
-_RUN_FILES = ("last_checkpoint", "metrics.json", "model_*.pth", "log.txt*", "events.out.tfevents.*")
+_RUN_FILES = ("last_checkpoint", "metrics.json", "model_*.pth", "log.txt*", "events.out.tfevents.*", "*_run_id")
 
 
 @dataclass
@@ -131,6 +132,7 @@ def check_solver(run: PlannedRun) -> None:
         raise UserError(f"KD.NON_FINITE must be one of {', '.join(NON_FINITE)}, found {cfg.KD.NON_FINITE!r}")
     if decay := cfg.get("KD", {}).get("EMA_DECAY", 0.0):
         check_decay(decay, "KD.EMA_DECAY")
+    check_writers(cfg.get("KD", {}).get("WRITERS", ()))
     with naming("the solver (SOLVER.*)", ValueError):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
         build_lr_scheduler(cfg, optimizer)
