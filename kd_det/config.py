@@ -124,6 +124,20 @@ def add_kd_config(cfg: CN) -> None:
     # loss_nst_<name>, with the losses' options but for its own LOSS_OPTS, such as ["KD.NST.WEIGHT", 5.0].
     cfg.KD.TEACHERS = []
 
+    cfg.KD.UNLABELLED = CN()
+    # Images without annotations for each labelled one, beside SOLVER.IMS_PER_BATCH; 0.0: none. On them the distillation
+    # losses act and, on pseudo-labels, the student's own losses.
+    cfg.KD.UNLABELLED.RATIO = 0.0
+    # Their data sets: registered names, whose annotations are not used, or [name, folder] or [name, file], the file a
+    # COCO json or a path a line, from its folder or from a third entry.
+    cfg.KD.UNLABELLED.DATASETS = []
+    # Pseudo-labels are what the first teacher detects or, with a file of COCO results, what any detector did.
+    cfg.KD.UNLABELLED.RESULTS = ""
+    # Detections with a lower score are no pseudo-labels.
+    cfg.KD.UNLABELLED.THRESHOLD = 0.7
+    # Weight of the student's own losses on pseudo-labels (loss_..._pseudo); 0.0: distillation losses alone act.
+    cfg.KD.UNLABELLED.WEIGHT = 1.0
+
     # NST, neuron selectivity transfer (arXiv 1707.01219); the weight is lambda / 2 of Eq. 6.
     node = add_loss_config(cfg, "NST", weight=20.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # "linear", "poly" ((x.y + OFFSET)^DEGREE) or "gaussian".

@@ -18,13 +18,15 @@ from kd_det.features.context import StepContext
 from kd_det.features.region_branches import RegionBranch
 from kd_det.features.regions import RegionHead, RegionTaps
 from kd_det.features.taps import Taps
+from kd_det.features.unlabelled import UNLABELLED, PseudoLabels, split_unlabelled, without_labels
 from kd_det.losses.auto_weight import measure_auto_weights
 from kd_det.losses.build import DistillationLoss
 from kd_det.losses.summary import distillation_summary
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage, run_teacher
-from kd_det.teachers.runner import Teacher, check_teacher
+from kd_det.teachers.feature_teacher import FeatureTeacher
+from kd_det.teachers.runner import Teacher, TeacherMaps, check_teacher, padded_images
 from kd_det.teaching import (
     build_teachers_and_losses,
     check_teaching,
@@ -62,6 +64,7 @@ class Distiller(nn.Module):
         teacher_dtype: torch.dtype = torch.float32,
         missing_teacher: Optional[FileNotFoundError] = None,
         other_teachers: Sequence[OtherTeacher] = (),
+        pseudo_labels: Optional[PseudoLabels] = None,
     ):
         """
         Args:
@@ -73,10 +76,12 @@ class Distiller(nn.Module):
             teacher_dtype: of the teacher's backbone, torch.bfloat16 or torch.float16 for less memory and time.
             missing_teacher: why there is no teacher; is raised in the first training step.
             other_teachers: further ones, each with its own losses.
+            pseudo_labels: how the first teacher labels images that are marked as unlabelled; None: it does not, and on
+                them only distillation losses act.
 
         Raises:
             ValueError: a tap that does not exist, a loss that the networks cannot serve, losses without a teacher,
-                two losses of one name, or images that the teacher cannot read.
+                two losses of one name, images that the teacher cannot read, or a teacher that cannot label images.
         """
         super().__init__()
         if "losses" in student._modules:
@@ -98,18 +103,34 @@ class Distiller(nn.Module):
         self.missing_teacher = missing_teacher
         self._teachers: Dict[str, Teacher | AveragedTeacher] = {}  # by the name that their losses know
         self._region_taps: Optional[RegionTaps] = None
-        if not self.losses:
+        self._pseudo_labels = pseudo_labels
+        labels = pseudo_labels is not None and pseudo_labels.from_teacher and self._wants_labels
+        if not self.losses and not labels:
             return
 
         if self.input_format is None:
             raise ValueError("Unknown channel order of the student's images: give input_format, e.g. 'BGR'.")
         every_loss = self.losses.values()
-        groups = [group for group in groups if group.losses]
+        labelling = groups[:1] if labels and teacher is not None else []
+        groups = [group for group in groups if group.losses or group in labelling]
+        if labels and not groups:
+            raise ValueError(
+                "Unlabelled images need a teacher that labels them: set KD.TEACHER.CONFIG_FILE, or "
+                "KD.UNLABELLED.RESULTS to a file of a detector's results."
+            )
         for group in groups:
             self._connect(group)
         self._student_taps = Taps(student, [t for loss in every_loss for t in loss.student_taps], side="student")
         for group in groups:
             self._teachers[group.name] = self._run(group)
+        if labels:
+            if type(self.teacher).forward is FeatureTeacher.forward:
+                raise ValueError(
+                    "The teacher gives feature maps and no detections, so it cannot label unlabelled images: set "
+                    "KD.UNLABELLED.RESULTS to a file of a detector's results, or KD.UNLABELLED.WEIGHT 0.0 with losses "
+                    "that need no ground truth."
+                )
+            pseudo_labels.connect(student, self.teacher)
         if any(loss.needs_regions or loss.needs_proposals or loss.branch for loss in every_loss):
             roi_heads = getattr(student, "roi_heads", None)
             names = sorted({loss.branch for loss in every_loss if loss.branch})
@@ -176,6 +197,13 @@ class Distiller(nn.Module):
         """The teacher of a loss; of several that are averaged, the first."""
         return self._teachers[loss.teacher_name].networks[0]
 
+    @property
+    def _wants_labels(self) -> bool:
+        """Whether pseudo-labels are read: losses on regions do, whose student samples its regions by them."""
+        losses = self.losses.values()
+        reads = any(loss.needs_labels or loss.needs_regions or loss.branch for loss in losses)
+        return self._pseudo_labels.weight > 0 or reads
+
     def train(self, mode: bool = True):
         super().train(mode)
         self.student.train(mode)  # the student's own flag, and whatever its class does in train()
@@ -185,36 +213,96 @@ class Distiller(nn.Module):
         """
         In training, a dict of scalars: the student's losses and the distillation losses; a ``FileNotFoundError`` if the
         config's teacher was not found. In eval, what the student returns.
+
+        Images with a true "unlabelled" pass the student in a second forward. A distillation loss is then the mean over
+        all images; the student's own losses on pseudo-labels, times their weight, are ``loss_..._pseudo``. All ranks
+        must have such images in the same steps.
         """
         if not self.training:
             return self.student(batched_inputs)
         if self.missing_teacher is not None:
             raise self.missing_teacher
+        labelled, unlabelled = split_unlabelled(batched_inputs)
         factors = self.factors()
         active = [loss for name, loss in self.losses.items() if factors[name]]
-        if not active:
-            losses = self.student(batched_inputs)
+        pseudo_weight = self._pseudo_labels.weight if self._pseudo_labels is not None else 0.0
+        if not active and not (unlabelled and pseudo_weight):
+            losses = self.student(labelled)
             return {**losses, **{loss.key: self._zero(loss) for loss in self.losses.values()}}
 
-        # Copied once, for all networks.
+        names = {loss.teacher_name for loss in active}
+        if unlabelled and self._pseudo_labels is not None and self._pseudo_labels.from_teacher:
+            names.update(list(self._teachers)[:1])  # the one that labels
+        for name, teacher in self._teachers.items():
+            if name in names:
+                teacher.follow(self.student)
+        losses, values = self._compare(self._prepare(labelled, active), active)
+        if unlabelled:
+            unlabelled, taught = self._label(self._prepare(unlabelled, active))
+            pseudo, others = self._compare(unlabelled, active, taught)
+            share = len(unlabelled) / len(batched_inputs)
+            values = {loss: (1 - share) * value + share * others[loss] for loss, value in values.items()}
+            if pseudo_weight:
+                losses.update({f"{key}_pseudo": pseudo_weight * value for key, value in pseudo.items()})
+        if any(loss.auto is not None and loss.auto.is_measuring for loss in active):
+            measure_auto_weights(sum(losses.values()), values, self.student)
+            factors = self.factors()
+        for name, loss in self.losses.items():
+            if loss.key in losses:
+                raise ValueError(f"The student already has a loss {loss.key!r}; name the distillation loss otherwise.")
+            if loss not in values:
+                losses[loss.key] = self._zero(loss)
+                continue
+            losses[loss.key] = values[loss] if factors[name] == 1 else factors[name] * values[loss]
+        return losses
+
+    def _prepare(self, batched_inputs: List[Dict], active: Sequence[DistillationLoss]) -> List[Dict]:
+        """The inputs as all networks take them, copied to the device once."""
         batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
         for loss in active:
             batched_inputs = loss.prepare(batched_inputs, self.device)
+        return batched_inputs
+
+    def _label(self, batched_inputs: List[Dict]) -> tuple[List[Dict], Dict[str, TeacherMaps]]:
+        """Unlabelled images with pseudo-labels, where they are wanted, and what the teacher that made them computed."""
+        if self._pseudo_labels is None or not self._wants_labels or all("instances" in x for x in batched_inputs):
+            return batched_inputs, {}
+        if not self._pseudo_labels.from_teacher:
+            raise ValueError("An unlabelled image has no 'instances', and pseudo-labels are not the teacher's.")
+        name, teacher = next(iter(self._teachers.items()))
+        images = padded_images(self.student, batched_inputs)  # the canvas on which the student will see them
+        maps = teacher(batched_inputs, self.device, images, detects=True)
+        return self._pseudo_labels(batched_inputs, maps.detections), {name: maps}
+
+    def _compare(
+        self,
+        batched_inputs: List[Dict],
+        active: Sequence[DistillationLoss],
+        taught: Optional[Dict[str, TeacherMaps]] = None,
+    ) -> tuple[Dict[str, Tensor], Dict[DistillationLoss, Tensor]]:
+        """
+        The student's own losses and, without weights, the active distillation losses of a batch. ``taught``: by
+        teacher, what was computed for it already.
+        """
+        taught = dict(taught or {})
         names = {loss.teacher_name for loss in active}
-        teachers = {name: teacher for name, teacher in self._teachers.items() if name in names}
+        teachers = {name: t for name, t in self._teachers.items() if name in names and name not in taught}
         regions = self._region_taps
         with contextlib.ExitStack() as contexts:
             for teacher in teachers.values():
-                teacher.follow(self.student)
                 contexts.enter_context(teacher.running(batched_inputs))
-            contexts.enter_context(self._student_taps.recording())
-            if regions is not None:
-                contexts.enter_context(regions.recording())
-            losses = self.student(batched_inputs)
+            if active:
+                contexts.enter_context(self._student_taps.recording())
+                if regions is not None:
+                    contexts.enter_context(regions.recording())
+            are_unlabelled = any(x.get(UNLABELLED) for x in batched_inputs)
+            losses = self.student(without_labels(batched_inputs) if are_unlabelled else batched_inputs)
+        if not active:
+            return losses, {}
         features = self._student_taps.pop()
         branch_regions = regions.branch_regions() if regions is not None else {}
         sampled = regions.pop() if regions is not None else None
-        taught = {name: teacher.pop() for name, teacher in teachers.items()}
+        taught.update({name: teacher.pop() for name, teacher in teachers.items()})
         self._describe(features, {name: maps.features for name, maps in taught.items()})
         steps = {
             name: StepContext(
@@ -222,7 +310,7 @@ class Distiller(nn.Module):
                 maps.canvas,
                 batched_inputs=batched_inputs,
                 task_losses=dict(losses),
-                teacher=teachers[name],
+                teacher=self._teachers[name],
                 teacher_outputs=maps.outputs,
                 student_head=regions.head if regions is not None else None,
                 branch_regions=branch_regions,
@@ -237,17 +325,7 @@ class Distiller(nn.Module):
         for loss in active:
             theirs = _at(taught[loss.teacher_name].features, loss.teacher_taps)
             values[loss] = loss(_at(features, loss.student_taps), theirs, steps[loss.teacher_name])
-        if any(loss.auto is not None and loss.auto.is_measuring for loss in active):
-            measure_auto_weights(sum(losses.values()), values, self.student)
-            factors = self.factors()
-        for name, loss in self.losses.items():
-            if loss.key in losses:
-                raise ValueError(f"The student already has a loss {loss.key!r}; name the distillation loss otherwise.")
-            if loss not in values:
-                losses[loss.key] = self._zero(loss)
-                continue
-            losses[loss.key] = values[loss] if factors[name] == 1 else factors[name] * values[loss]
-        return losses
+        return losses, values
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[List[Dict]]) -> None:

@@ -8,7 +8,9 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from kd_det.errors import first_few
+from kd_det.features.unlabelled import PseudoLabels
 from kd_det.losses.build import DistillationLoss, build_losses, enabled_loss_classes
+from kd_det.losses.class_loss import known_classes
 from kd_det.random_state import preserved_random_state
 from kd_det.teachers.build import build_teacher, teacher_dtype
 from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage, planned_teachers
@@ -32,7 +34,8 @@ _AUTO_WEIGHTS_KEY = "kd_det.auto_weights"
 def build_teachers_and_losses(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module] = None) -> Dict[str, Any]:
     """
     The arguments of a Distiller that a config describes: ``teacher``, ``losses``, ``teacher_dtype``,
-    ``other_teachers``; none of them where nothing is distilled. ``KD.INHERIT`` is done.
+    ``other_teachers``; none of them where nothing is distilled; ``pseudo_labels`` with unlabelled images.
+    ``KD.INHERIT`` is done.
 
     Args:
         teacher: that of ``KD.TEACHER``, where it is built already.
@@ -40,8 +43,11 @@ def build_teachers_and_losses(cfg: CfgNode, student: nn.Module, teacher: Optiona
     Raises:
         ValueError, FileNotFoundError: see :func:`kd_det.build_teacher` and :func:`kd_det.losses.build_losses`.
     """
-    distils = bool(enabled_loss_classes(cfg) or cfg.KD.INHERIT)
+    unlabelled = cfg.KD.UNLABELLED
+    labels = unlabelled.RATIO > 0 and not unlabelled.RESULTS and unlabelled.WEIGHT > 0
     plans = planned_teachers(cfg)
+    labels = labels and any(plan.cfg.KD.TEACHER.CONFIG_FILE for plan in plans if not plan.name)
+    distils = bool(enabled_loss_classes(cfg) or cfg.KD.INHERIT or labels)
     averaged = [plan for plan in plans if not plan.name and distils]
     others = [plan for plan in plans if plan.name and enabled_loss_classes(plan.cfg)]
     ret: Dict[str, Any] = {}
@@ -59,6 +65,16 @@ def build_teachers_and_losses(cfg: CfgNode, student: nn.Module, teacher: Optiona
             losses = build_losses(plan.cfg, student, network)
             other = OtherTeacher(plan.name, network, losses, teacher_dtype(plan.cfg))
             ret["other_teachers"] = [*ret.get("other_teachers", ()), other]
+    if unlabelled.RATIO > 0:
+        labelling = [(averaged[0], networks[0])] if networks else []
+        labelling += [(plan, other.teacher) for plan, other in zip(others, ret.get("other_teachers", ()))]
+        options = {"threshold": unlabelled.THRESHOLD, "weight": unlabelled.WEIGHT}
+        if unlabelled.RESULTS:
+            options["from_teacher"] = False
+        elif labelling:
+            plan, network = labelling[0]
+            options.update(known_classes(plan.cfg, network))
+        ret["pseudo_labels"] = PseudoLabels(**options)
     return ret
 
 

@@ -25,7 +25,7 @@ CASCADE = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CL
 # The most that distillation may add to a step. Waits: one for the image sizes, and those of Detectron2's pooler on the
 # teacher's regions (one a level and one).
 MOST_WAITS, MOST_WAITS_OF_SIX = 6, 12
-MOST_KERNELS, MOST_KERNELS_OF_SIX = 300, 700
+MOST_KERNELS, MOST_KERNELS_OF_SIX = 300, 720
 
 
 def empty(inputs):
@@ -205,7 +205,8 @@ def test_weights_that_set_themselves_wait_once_for_each_batch_they_measure(tmp_p
 def test_the_students_average_teaches_without_waits(tmp_path):
     ema = {"KD__TEACHER__CONFIG_FILE": "ema", "KD__TEACHER__WEIGHTS": ""}
     waits, kernels, where = added(tmp_path, ["NST", "SoftTarget"], batch, **ema)
-    assert waits <= MOST_WAITS and kernels <= MOST_KERNELS, (where, kernels)
+    # Two losses, and the update of the average.
+    assert waits <= MOST_WAITS and kernels <= MOST_KERNELS + 40, (where, kernels)
 
 
 def test_teachers_beside_each_other(tmp_path):

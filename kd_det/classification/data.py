@@ -3,15 +3,14 @@ Data sets of the pretraining stage in Detectron2's catalogs: ImageFolder and Ima
 images without labels.
 """
 
-import json
 import os
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torchvision.datasets import ImageFolder, ImageNet
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from kd_det.data.unlabelled import registered_unlabelled
 from kd_det.errors import DatasetError, one_line, unknown_name
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "register_builtin",
     "register_configured",
     "register_image_folder",
-    "register_unlabelled",
 ]
 
 
@@ -38,65 +36,20 @@ def register_image_folder(name: str, root: str, **metadata) -> None:
     MetadataCatalog.get(name).set(evaluator_type="classification", root=root, **metadata)
 
 
-def register_unlabelled(name: str, source: str, root: Optional[str] = None) -> None:
-    """
-    Register images without labels, which are read when first used: a list of ``{"file_name"}``.
-
-    Args:
-        source: a folder, of which all images at any depth are taken; a COCO json, of which "images" is read; or a text
-            file with a path a line.
-        root: where the paths in a file begin; default: its folder.
-    """
-    DatasetCatalog.register(name, lambda: [{"file_name": path} for path in _find_images(name, source, root)])
-    MetadataCatalog.get(name).set(root=(source,) if root is None else (source, root))
-
-
 def register_configured(cfg: CfgNode) -> None:
     """
     Register ``CLASSIFICATION.IMAGE_FOLDERS`` and ``UNLABELLED``; again with the same files is no error, but a
     ``ValueError`` are entries that are not [name, folder] pairs, and a name that is taken.
     """
-    for key, register, most in (("IMAGE_FOLDERS", register_image_folder, 2), ("UNLABELLED", register_unlabelled, 3)):
-        for entry in cfg.CLASSIFICATION[key]:
-            if not isinstance(entry, (list, tuple)) or not 2 <= len(entry) <= most:
-                raise ValueError(f"CLASSIFICATION.{key} holds [name, folder] pairs, found {entry!r}.")
-            name, root = entry[0], entry[1] if most == 2 else tuple(entry[1:])
-            if name not in DatasetCatalog:
-                register(*entry)
-            elif MetadataCatalog.get(name).get("root") != root:
-                raise ValueError(f"CLASSIFICATION.{key}: the data set name {name!r} is taken.")
-
-
-def _find_images(name: str, source: str, root: Optional[str] = None) -> List[str]:
-    if os.path.isdir(source):
-        files = sorted(
-            os.path.join(folder, file)
-            for folder, _, names in os.walk(source, followlinks=True)
-            for file in names
-            if file.lower().endswith(IMG_EXTENSIONS)
-        )
-    else:
-        try:
-            with open(source) as f:
-                if source.endswith(".json"):
-                    names = [image["file_name"] for image in json.load(f)["images"]]
-                else:
-                    names = [line.strip() for line in f if line.strip()]
-            files = [os.path.join(root or os.path.dirname(source), file) for file in names]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise DatasetError(
-                f"data set {name!r}: expected a folder of images, a COCO json, or a file with a path a line at "
-                f"{source!r}; {type(e).__name__}: {one_line(e)}"
-            ) from None
-        missing = [file for file in files if not os.path.isfile(file)]
-        if missing:
-            raise DatasetError(
-                f"data set {name!r}: {len(missing)} of the {len(files)} images in {source!r} do not exist, the first "
-                f"is {missing[0]!r}"
-            )
-    if not files:
-        raise DatasetError(f"data set {name!r}: no image in {source!r} (of the kinds {', '.join(IMG_EXTENSIONS)})")
-    return files
+    registered_unlabelled(cfg.CLASSIFICATION.UNLABELLED, "CLASSIFICATION.UNLABELLED")
+    for entry in cfg.CLASSIFICATION.IMAGE_FOLDERS:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise ValueError(f"CLASSIFICATION.IMAGE_FOLDERS holds [name, folder] pairs, found {entry!r}.")
+        name, root = entry
+        if name not in DatasetCatalog:
+            register_image_folder(name, root)
+        elif MetadataCatalog.get(name).get("root") != root:
+            raise ValueError(f"CLASSIFICATION.IMAGE_FOLDERS: the data set name {name!r} is taken.")
 
 
 def _load(name: str, root: str) -> List[Dict]:

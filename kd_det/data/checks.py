@@ -86,6 +86,8 @@ def check_dataset(name: str, needs: Mapping[str, str] | None = None, *, evaluate
         raise DatasetError(f"data set '{name}' cannot be loaded: {path} has {size:,} bytes, and {limit}")
     try:
         dicts = DatasetCatalog.get(name)
+    except DatasetError:
+        raise
     except Exception as e:  # loaders fail in every way: with KeyError, AssertionError, a parser's own errors
         raise DatasetError(f"data set '{name}' cannot be loaded: {_explain(meta, e)}") from e
     if not dicts:

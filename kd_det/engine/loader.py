@@ -15,23 +15,29 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from kd_det.data import CheckedMapper, DatasetError
+from kd_det.engine.unlabelled import has_unlabelled, unlabelled_batch_size, unlabelled_dataset
 from kd_det.errors import UserError, one_line
+from kd_det.features.unlabelled import UNLABELLED
 from kd_det.random_state import preserved_random_state, seed_everything
 
-__all__ = ["ResumableLoader", "build_train_loader", "images_per_process"]
+__all__ = ["MixedLoader", "ResumableLoader", "build_train_loader", "images_per_process"]
 
 
-def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=None) -> "ResumableLoader":
+def build_train_loader(
+    cfg: CfgNode, *, mapper: Callable | None = None, dataset=None
+) -> "ResumableLoader | MixedLoader":
     """
     What Detectron2's ``build_detection_train_loader(cfg, mapper=..., dataset=...)`` loads, resumably: same data sets,
-    sampler, batch size and grouping by aspect ratio.
+    sampler, batch size and grouping by aspect ratio. With ``KD.UNLABELLED``, each batch has unlabelled images besides.
 
     Args:
-        mapper: from a dataset dict to the model's input; default: ``DatasetMapper(cfg, is_train=True)``.
+        mapper: from a dataset dict to the model's input; default: ``DatasetMapper(cfg, is_train=True)``. It also maps
+            unlabelled images, whose dicts have "annotations" only where these come from a file of results.
         dataset: a list of dataset dicts, or an indexable data set; default: those of ``DATASETS.TRAIN``.
     """
     batch_size = images_per_process(cfg)
@@ -51,15 +57,32 @@ def build_train_loader(cfg: CfgNode, *, mapper: Callable | None = None, dataset=
             loader = loader.dataset
         return loader.dataset.sampler
 
-    return ResumableLoader(
-        dataset,
-        DatasetMapper(cfg, is_train=True) if mapper is None else mapper,
-        build_sampler,
-        batch_size=batch_size,
-        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        seed=comm.shared_random_seed(),
+    options = {
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "seed": comm.shared_random_seed(),
+    }
+    train_mapper = DatasetMapper(cfg, is_train=True) if mapper is None else mapper
+    labelled = ResumableLoader(dataset, train_mapper, build_sampler, batch_size=batch_size, **options)
+    if not has_unlabelled(cfg):
+        return labelled
+    images = DatasetFromList(unlabelled_dataset(cfg), copy=False)
+    unlabelled = ResumableLoader(
+        images,
+        _unlabelled_mapper(cfg) if mapper is None else mapper,
+        lambda: TrainingSampler(len(images)),
+        batch_size=unlabelled_batch_size(cfg, batch_size),
+        **options,
     )
+    return MixedLoader(labelled, unlabelled)
+
+
+def _unlabelled_mapper(cfg: CfgNode) -> DatasetMapper:
+    """That of the labelled images, but for masks: results have bitmaps where the annotations may be polygons."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    return DatasetMapper(cfg, is_train=True)
 
 
 def images_per_process(cfg: CfgNode) -> int:
@@ -147,6 +170,32 @@ class ResumableLoader:
                 if isinstance(image, DatasetError):
                     raise image
             yield batch
+
+
+class MixedLoader:
+    """An endless iterable of batches of two loaders together; the images of the second are marked as unlabelled."""
+
+    def __init__(self, labelled: ResumableLoader, unlabelled: ResumableLoader):
+        self.labelled, self._unlabelled = labelled, unlabelled
+        self.load_state_dict(self.state_dict())
+
+    def state_dict(self) -> dict:
+        """See :meth:`ResumableLoader.state_dict`."""
+        return {**self.labelled.state_dict(), "unlabelled_batch_size": self._unlabelled.state_dict()["batch_size"]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.labelled.load_state_dict(state)
+        # With equal seeds, the k-th images of both would be augmented alike.
+        self._unlabelled.load_state_dict({**state, "seed": (state["seed"] + 1) % 2**31})
+
+    def start_at(self, batch: int) -> None:
+        """The next iteration over this loader begins with this batch."""
+        self.labelled.start_at(batch)
+        self._unlabelled.start_at(batch)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        for labelled, unlabelled in zip(self.labelled, self._unlabelled):
+            yield labelled + [{**x, UNLABELLED: True} for x in unlabelled]
 
 
 class _ResumableSampler(Sampler):

@@ -125,8 +125,12 @@ class Trainer(DefaultTrainer):
         ret.insert(before_evaluation, CheckpointHook(self.checkpointer, *periods, self._signals))
         if kd.get("TEACHER", {}).get("EVALUATE", False):
             ret.append(EvaluateTeacher())
-        # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone.
-        loaders = [getattr(hook, "_data_loader", None) for hook in ret if isinstance(hook, hooks.PreciseBN)]
+        loaders = []
+        for hook in (hook for hook in ret if isinstance(hook, hooks.PreciseBN)):
+            # Private: DefaultTrainer builds the loader of PreciseBN and gives it to the hook alone. Its statistics are
+            # those of a step's last forward, so unlabelled images, which have one of their own, are left out.
+            hook._data_loader = getattr(hook._data_loader, "labelled", hook._data_loader)
+            loaders.append(hook._data_loader)
         self._loaders = [loader for loader in (self.data_loader, *loaders) if hasattr(loader, "start_at")]
         for loader in self._loaders[1:]:
             loader.load_state_dict(self._loaders[0].state_dict())
@@ -234,7 +238,8 @@ class Trainer(DefaultTrainer):
         for loader in self._loaders:
             loader.load_state_dict(saved)
         now = self.data_loader.state_dict()
-        changed = [f"{key} was {saved[key]}, is {now[key]}" for key in saved if saved[key] != now[key]]
+        keys = {**saved, **now}
+        changed = [f"{k} was {saved.get(k, 0)}, is {now.get(k, 0)}" for k in keys if saved.get(k) != now.get(k)]
         if changed:
             logger.warning(f"Resumed with other batches ({', '.join(changed)}): from here on, the run is another one.")
 

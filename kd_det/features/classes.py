@@ -35,6 +35,7 @@ class ClassMatch(nn.Module):
             "teacher": list(pairs.values()),
             "to_place": [places.get(i, -1) for i in range(student + 1)],
             "to_teacher": [pairs.get(i, -1) for i in range(student + 1)],
+            "to_student": [{theirs: mine for mine, theirs in pairs.items()}.get(i, -1) for i in range(teacher + 1)],
         }
         for name, values in tables.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
@@ -59,6 +60,10 @@ class ClassMatch(nn.Module):
         """Of the student's classes (R,): the teacher's, 0 where not shared; and which are."""
         theirs = self.to_teacher[classes]
         return theirs.clamp(min=0), theirs >= 0
+
+    def of_student(self, classes: Tensor) -> Tensor:
+        """Of the teacher's classes (R,): the student's, -1 where not shared."""
+        return self.to_student[classes]
 
     def targets_of_teacher(self, targets: RegionTargets) -> RegionTargets:
         """The same regions with the teacher's classes; those of a class that it does not know are not foreground."""

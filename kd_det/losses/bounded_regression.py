@@ -72,6 +72,7 @@ class BoundedRegressionLoss(ClassLoss):
 
     name = "bounded_regression"
     needs_regions = True
+    needs_labels = True
 
     @configurable
     def __init__(self, *, margin: float = 0.0, **kwargs):

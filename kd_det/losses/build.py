@@ -41,7 +41,8 @@ class DistillationLoss(nn.Module):
             then have ROI heads.
         branch: "mask" or "keypoint" if it reads ``context.branch_pair(branch)``; both networks must then have the head.
         compares_classes: whether it compares class by class; both networks must then have the same classes.
-        needs_labels: whether it reads the labels or the ground truth of the batch.
+        needs_labels: whether it reads the labels or the ground truth of the batch; on a detector's unlabelled images
+            these are pseudo-labels.
         needs_one_teacher: whether it reads the teacher's network itself, not only its maps and its predictions for
             regions; it cannot be taught by an average of several then.
         teacher_name: of a further teacher (the loss is logged as ``loss_<name>_<teacher_name>``); set by the Distiller.

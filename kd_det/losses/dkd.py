@@ -91,6 +91,7 @@ class DKDLoss(LogitLoss):
     """
 
     name = "dkd"
+    needs_labels = True
 
     @configurable
     def __init__(self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, **kwargs):

@@ -38,6 +38,7 @@ class RegionsLoss(DistillationLoss):
             raise ValueError(f"{type(self).__name__}: foreground_share must be in 0 to 1, found {foreground_share}.")
         self.regions, self.foreground_share = regions, foreground_share
         self.needs_proposals = regions == "proposals"
+        self.needs_labels = regions not in ("all", "proposals")
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> dict:

@@ -165,8 +165,17 @@ class AveragedTeacher:
     def pop(self) -> TeacherMaps:
         return self._mean([member.pop() for member in self.members])
 
-    def __call__(self, batched_inputs: List[Dict], device: torch.device) -> TeacherMaps:
-        return self._mean([member(batched_inputs, device) for member in self.members])
+    def __call__(
+        self,
+        batched_inputs: List[Dict],
+        device: torch.device,
+        images: Optional[Tensor] = None,
+        *,
+        detects: bool = False,
+    ) -> TeacherMaps:
+        """See :meth:`Teacher.__call__`; the detections are the first teacher's."""
+        taught = [m(batched_inputs, device, images, detects=detects and not i) for i, m in enumerate(self.members)]
+        return self._mean(taught)
 
     def follow(self, student: nn.Module) -> None:
         """See :meth:`Teacher.follow`."""
@@ -183,7 +192,7 @@ class AveragedTeacher:
             name: [_mean(calls, self.weights, name) for calls in zip(*(t.features[name] for t in taught), strict=True)]
             for name in taught[0].features
         }
-        return TeacherMaps(features, [t.outputs for t in taught], taught[0].canvas)
+        return TeacherMaps(features, [t.outputs for t in taught], taught[0].canvas, taught[0].detections)
 
 
 class AveragedHead(RegionHead):

@@ -22,6 +22,7 @@ class TeacherMaps(NamedTuple):
     features: Dict[str, List[Tensor]]  # the maps at every tap, one for each time its module ran; they cover the canvas
     outputs: Dict[str, Tensor]  # of the backbone, on the teacher's own padding
     canvas: Tuple[int, int]  # height and width of the student's padded batch
+    detections: Optional[List[Dict]] = None  # what the network returns in eval, in the coordinates of its inputs
 
 
 def check_teacher(model: nn.Module, input_format: Optional[str]) -> None:
@@ -125,25 +126,36 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, batched_inputs: List[Dict], device: torch.device, images: Optional[Tensor] = None
+        self,
+        batched_inputs: List[Dict],
+        device: torch.device,
+        images: Optional[Tensor] = None,
+        *,
+        detects: bool = False,
     ) -> TeacherMaps:
         """
-        The maps of the student's inputs, with raw images (C, H, W), on a device, where the teacher moves. Without the
-        student's normalised and padded batch of images, they are on the teacher's own padding.
+        The maps of the student's inputs, with raw images (C, H, W), on a device, where the teacher moves; with
+        ``detects`` also the detections, for which the whole network runs. Without the student's normalised and padded
+        batch of images, they are on the teacher's own padding.
         """
         if next(self.model.parameters()).device != device:
             self.model.to(device)
         self._canvas = tuple(images.shape[-2:]) if images is not None else None
         try:
-            if not self.taps.names and self.head is None:
+            if not self.taps.names and self.head is None and not detects:
                 return TeacherMaps({}, {}, self._canvas or (0, 0))
-            stops = self._heads == [] and self.head is None
+            stops = self._heads == [] and self.head is None and not detects
+            # Without the size of the file's image, to which Detectron2 would scale the boxes.
+            unsized = [{k: v for k, v in x.items() if k not in ("height", "width")} for x in batched_inputs]
             # A dtype of its own is not to be cast to that of the student's autocast.
             casts = self._dtype == torch.float32
             autocast = contextlib.nullcontext() if casts else torch.autocast(device.type, enabled=False)
+            # RetinaNet's inference overwrites what its head gave, so taps there take a forward of their own.
+            with autocast:
+                detections = self.model(self.inputs(unsized)) if detects and self._heads else None
             with self.taps.recording(stop_when_complete=stops), autocast:
-                if self._heads is None:
-                    self.model(self.inputs(batched_inputs))
+                if self._heads is None or detects and not self._heads:
+                    detections = self.model(self.inputs(unsized))
                 else:
                     if images is None or not self._shares_images:
                         images = padded_images(self.model, self.inputs(batched_inputs))
@@ -154,7 +166,7 @@ class Teacher:
                 name: [_crop(value, self._padded, self._covered) for value in values]
                 for name, values in self.taps.pop().items()
             }
-            return TeacherMaps(features, self._outputs, self._covered)
+            return TeacherMaps(features, self._outputs, self._covered, detections)
         finally:
             self._outputs, self._canvas = {}, None
 

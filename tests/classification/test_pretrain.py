@@ -128,7 +128,7 @@ def test_weights_are_suggested(tmp_path, folder, capsys):
     (tmp_path / "run.yaml").write_text(cfg.dump())
     argv = ["--config-file", str(tmp_path / "run.yaml"), "--batches", "2", "--share", "0.25"]
     weights.main(argv)
-    *table, line = capsys.readouterr().out.splitlines()
+    *table, _, line = capsys.readouterr().out.splitlines()
     rows = {row.split()[0]: row.split()[1:] for row in table[2:]}
     assert list(rows) == ["task", "nst", "soft_target"] and rows["nst"][0] == "3"
     task, nst = float(rows["task"][2]), float(rows["nst"][2])

@@ -127,6 +127,8 @@ def training_batch(cfg: CfgNode):
             centers = instances.gt_boxes.get_centers()[:, None].expand(-1, num_keypoints, -1)
             visible = torch.full((len(instances), num_keypoints, 1), 2.0)
             instances.gt_keypoints = Keypoints(torch.cat([centers, visible], dim=2))
+    if cfg.KD.UNLABELLED.RATIO:
+        inputs += [{"image": x["image"], "unlabelled": True} for x in batch(((64, 96), (64, 64)), seed=1)]
     return inputs
 
 
@@ -159,6 +161,7 @@ def check_losses(cfg: CfgNode, losses: dict):
         may_be_0 = name == "loss_bounded_regression" or cfg.KD.TEACHER.CONFIG_FILE == OWN_AVERAGE
         assert losses[name] > 0 or may_be_0 and losses[name] > -1e-6, name
     assert any("cls" in name for name in set(losses) - expected)
+    assert ("loss_cls_pseudo" in losses) == (cfg.KD.UNLABELLED.RATIO > 0)
     assert ("loss_mask" in losses) == cfg.MODEL.MASK_ON
     assert ("loss_keypoint" in losses) == cfg.MODEL.KEYPOINT_ON
 

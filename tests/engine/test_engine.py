@@ -311,7 +311,7 @@ def test_a_teacher_of_other_classes_is_distilled_without_soft_targets(tmp_path, 
     teacher = teacher_file(tmp_path)
     cfg = tiny_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)
     add_teacher(cfg, teacher, weights=str(tmp_path / "t.pth"))
-    assert cfg.KD.LOSSES == ("NST",) and "5 classes, the teacher 3" in caplog.text
+    assert cfg.KD.LOSSES == ("NST",) and "5 classes and the teacher 3" in caplog.text
     build_model(cfg)
 
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 
-from kd_det import build_teacher
+from kd_det import Distiller, build_teacher
 from kd_det.features.taps import Taps
+from kd_det.features.unlabelled import PseudoLabels
+from kd_det.losses import NSTLoss
 from kd_det.teachers import Teacher, TransformersDetector
 from kd_det.teachers.transformers_detectors import _contiguous_classes
 from tests.tiny import batch, build_model, tiny_cfg
@@ -129,6 +131,16 @@ def test_detections_on_the_students_canvas(kind):
     left = (x - w / 2) * (64 if kind == "DETR" else 128)
     assert model.backbone.network.canvas == (64, 128) and boxes.max() <= 64
     assert torch.isclose(boxes[:, :1], left.clamp(0, 64), atol=1e-3).any(dim=1).all()
+
+
+@pytest.mark.parametrize("kind", ["DETR", "RT-DETR"])
+def test_it_labels_unlabelled_images(kind):
+    labels = PseudoLabels(threshold=0.0, student_classes="abc", class_map=[["a", 0], ["b", 1]])
+    losses = [NSTLoss(student_taps=["p5"], teacher_taps=["res5"])]
+    student = build_model(tiny_cfg())
+    model = Distiller(student=student, teacher=teacher(kind), losses=losses, input_format="BGR", pseudo_labels=labels)
+    losses = model.train()(batch() + [{**x, "unlabelled": True} for x in images((64, 96), (48, 64))])
+    assert losses["loss_cls_pseudo"] > 0 and losses["loss_nst"] > 0
 
 
 def test_normalisation_of_the_image_processor():

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from kd_det.classification.checks import check_data, check_input, check_needs_no_labels, check_whole_backbone_learns
 from kd_det.classification.trainer import is_classifier
-from kd_det.cli.checks import classes, data, model
+from kd_det.cli.checks import classes, data, model, unlabelled
 from kd_det.cli.checks.run import PlannedRun, check_folder, check_processes, check_solver
 from kd_det.cli.teacher import UNDECIDED
 from kd_det.engine.stopping import restartable
@@ -35,6 +35,7 @@ DETECTOR_CHECKS = (
     data.check_input,
     data.check_datasets,
     data.check_boxes_to_train_on,
+    unlabelled.check_unlabelled,
     classes.check_class_lists,
     classes.check_teacher_classes,
     data.check_evaluators,

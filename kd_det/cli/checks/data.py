@@ -55,7 +55,8 @@ def check_boxes_to_train_on(run: PlannedRun) -> None:
         crowds = sum(summary.num_annotations for summary in found)
         raise UserError(
             f"DATASETS.TRAIN {tuple(run.training_sets)} has {sum(summary.num_images for summary in found)} images and "
-            f"no annotation to train on" + (f": all {crowds} are crowds (iscrowd 1)" if crowds else "")
+            f"no annotation to train on"
+            + (f": all {crowds} are crowds (iscrowd 1)" if crowds else " (images without: KD.UNLABELLED.DATASETS)")
         )
     for name, summary in zip(run.training_sets, found):
         if not summary.num_instances and run.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:

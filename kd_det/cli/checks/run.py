@@ -54,6 +54,12 @@ class PlannedRun:
         return list(self.cfg.DATASETS.TEST)
 
     @property
+    def num_processes(self) -> int:
+        """That ``SOLVER.IMS_PER_BATCH`` is divided among."""
+        started = int(os.environ.get("WORLD_SIZE", self.args.num_gpus * self.args.num_machines))
+        return self.cfg.SOLVER.REFERENCE_WORLD_SIZE or started
+
+    @property
     def student(self) -> nn.Module:
         return getattr(self.model, "student", self.model)
 
@@ -117,12 +123,10 @@ def check_solver(run: PlannedRun) -> None:
             raise UserError(f"SOLVER.{key} must be at least 1, found {cfg.SOLVER[key]}")
     if not 0 < cfg.SOLVER.BASE_LR < float("inf"):
         raise UserError(f"SOLVER.BASE_LR must be a positive number, found {cfg.SOLVER.BASE_LR}")
-    num_processes = int(os.environ.get("WORLD_SIZE", run.args.num_gpus * run.args.num_machines))
-    num_processes = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_processes
-    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
+    if cfg.SOLVER.IMS_PER_BATCH % run.num_processes:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images of all processes together) must be divisible by "
-            f"the number of processes, {num_processes}"
+            f"the number of processes, {run.num_processes}"
         )
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise UserError(f"DATALOADER.NUM_WORKERS must not be negative, found {cfg.DATALOADER.NUM_WORKERS}")
