@@ -18,13 +18,14 @@ PYTHON := $(shell \
 	done)
 endif
 
-.PHONY: help venv test test-slow lint quickstart clean
+.PHONY: help venv test test-slow lint docs quickstart clean
 
 help:
 	@echo "make quickstart   teacher, student alone and distilled student on a small data set, from nothing (CPU)"
 	@echo "make test         lint and the test suite without the long tests"
 	@echo "make test-slow    the long tests"
 	@echo "make lint         ruff, and import-linter on the order of the rooms"
+	@echo "make docs         the documentation as a site (output/docs), its links checked"
 	@echo "make venv         only build the environment ($(VENV))"
 	@echo "make clean        remove the environment and caches; results and data sets stay"
 
@@ -41,7 +42,7 @@ $(STAMP): requirements.txt setup.py tools/install_detectron2.py
 	fi
 	@set -e; if $(RUN) -c "import lent_packages" 2>/dev/null; then \
 		echo "using the Detectron2 that is there and the packages beside it"; \
-		$(PIP) install -q -e ".[dev,timm,offline-data]"; \
+		$(PIP) install -q -e ".[dev,docs,timm,offline-data]"; \
 	else \
 		echo "installing requirements.txt into $(VENV) (some minutes, 6 GB)"; \
 		$(PIP) install -q -r requirements.txt; \
@@ -59,6 +60,17 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(VENV)/bin/lint-imports --no-cache
+
+# Links inside of the site are checked as it is built; those to others where there is a network.
+SITE := output/docs
+docs: $(STAMP)
+	$(RUN) -m sphinx --nitpicky --fail-on-warning --keep-going -q -b html docs $(SITE)
+	@if $(RUN) -c "import socket; socket.create_connection(('arxiv.org', 443), timeout=5)" 2>/dev/null; then \
+		$(RUN) -m sphinx -q -b linkcheck docs $(SITE)/.links; \
+	else \
+		echo "no network: links to other sites are not checked"; \
+	fi
+	@echo "open $(SITE)/index.html"
 
 quickstart: $(STAMP)
 	$(RUN) tools/quickstart.py

@@ -55,6 +55,7 @@ setup(
         "mlflow": ["mlflow"],
         "fast-eval": ["faster-coco-eval>=1.6"],
         "offline-data": OFFLINE_DATA,
+        "docs": ["furo", "myst-parser>=4", "sphinx>=8", "sphinx-copybutton"],
         "dev": ["hypothesis", "import-linter>=2.0", "pytest>=7.4", "pytest-xdist>=3.3", "ruff>=0.6", *OFFLINE_DATA],
     },
 )

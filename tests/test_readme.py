@@ -21,11 +21,11 @@ from tests.tiny import batch, distillation_cfg
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    str(p.relative_to(ROOT)) for p in (ROOT / "README.md", ROOT / "configs/README.md", *ROOT.glob("docs/*.md"))
+    str(p.relative_to(ROOT)) for p in (ROOT / "README.md", ROOT / "configs/README.md", *ROOT.rglob("docs/**/*.md"))
 )
 TOOLS = sorted(p.name for p in ROOT.glob("tools/*.py"))
 # Commands of a cluster or of the shell: a block that calls them runs, and what they would do does not matter here.
-OTHERS = ("make", "pip", "cp", "scontrol", "sbatch", ".venv/bin/python")
+OTHERS = ("make", "pip", "cp", "scontrol", "sbatch", "python", ".venv/bin/python")
 RUNNERS = ("torchrun", "srun")
 EXAMPLE_KEYS = ("KD.SMOOTH", "KD.SMOOTH.BETA")
 SHELL = {"DETECTRON2": "detectron2", "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "7"}

@@ -19,8 +19,8 @@ def margin_from_norm(weight: Tensor, bias: Tensor) -> Tensor:
     The margin E[x | x < 0] of a channel x ~ N(bias, weight^2), as behind a norm layer (section 3.1):
     ``b - |w| phi(z) / Phi(-z)`` with ``z = b / |w|``; ``min(b, 0)`` where w = 0.
 
-    The published code divides by zero at w = 0, and takes -3 |w| wherever Phi(-z) < 0.001, although the expectation is
-    about -|w| / z there. The expectation is followed.
+    The published code divides by zero at w = 0, and takes ``-3 |w|`` wherever Phi(-z) < 0.001, although the expectation
+    is about ``-|w| / z`` there. The expectation is followed.
 
     Args:
         weight: (C,), the scale of the norm layer. Its sign does not matter.
