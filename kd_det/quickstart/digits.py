@@ -20,7 +20,7 @@ import numpy as np
 
 from kd_det.quickstart.register import DIGIT_CLASSES, SPLITS
 
-__all__ = ["Picture", "Sources", "load_sources", "render_crop", "render_digit", "render_scene"]
+__all__ = ["Picture", "Sources", "extreme_points", "load_sources", "render_crop", "render_digit", "render_scene"]
 
 VAL_DIGITS = 0.25  # of each class, the last ones
 VAL_COLUMNS = 0.3  # of each photograph, the right ones
@@ -133,6 +133,14 @@ def render_crop(split, index, *, size, seed, light=False):
     """Draw one digit of class index % 10 that fills most of a :class:`Picture`, as :func:`render_scene` draws it."""
     rng = np.random.default_rng([seed, 1, SPLITS.index(split), index])
     return _render(rng, load_sources(split), size, [index % len(DIGIT_CLASSES)], CROP_SIDES, light)
+
+
+def extreme_points(mask):
+    """The (x, y) of DIGIT_KEYPOINTS: of the digit's pixels in an outermost row or column, the middle one."""
+    x0, y0, x1, y1 = _tight_box(mask)
+    lines = [np.flatnonzero(line) for line in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1])]
+    top, bottom, left, right = (int(pixels[len(pixels) // 2]) for pixels in lines)
+    return (top, y0), (bottom, y1 - 1), (x0, left), (x1 - 1, right)
 
 
 def _render(rng, sources, size, labels, sides, light):

@@ -5,8 +5,9 @@ The offline data set on disk: one set of JPEG files, annotated twice, and digit 
 
     dataset.json                     the options it was made with, and how much it holds
     JPEGImages/train_000000.jpg ...  all images, of both splits
-    coco/instances_{train,val}.json  COCO; annotations also hold "digit_id", the row in load_digits(), and
-                                     images "photo", their background: name, x0, y0, side
+    coco/instances_{train,val}.json  COCO, with masks (run lengths, which keep the holes of an 8: INPUT.MASK_FORMAT
+                                     "bitmask") and DIGIT_KEYPOINTS; annotations also hold "digit_id", the row in
+                                     load_digits(), and images "photo", their background: name, x0, y0, side
     Annotations/*.xml                Pascal VOC: boxes 1-based and inclusive; no object is "difficult"
     ImageSets/Main/{train,val}.txt
     classification/{train,val}/{0..9}/*.jpg   ImageFolder
@@ -21,15 +22,17 @@ import xml.etree.ElementTree as ET
 from dataclasses import asdict, dataclass
 
 import cv2
+import numpy as np
+from pycocotools import mask as run_lengths
 from tqdm import tqdm
 
 from kd_det.data.checks import DatasetError
-from kd_det.quickstart.digits import render_crop, render_scene
-from kd_det.quickstart.register import DIGIT_CLASSES, SPLITS, coco_json
+from kd_det.quickstart.digits import extreme_points, render_crop, render_scene
+from kd_det.quickstart.register import DIGIT_CLASSES, DIGIT_KEYPOINTS, SPLITS, coco_json
 
 __all__ = ["OfflineDatasetOptions", "make_offline_dataset"]
 
-VERSION = 1  # of the files' content; to be raised when the same options no longer give the same files
+VERSION = 2  # of the files' content; to be raised when the same options no longer give the same files
 MANIFEST = "dataset.json"
 
 logger = logging.getLogger(__name__)
@@ -135,7 +138,7 @@ def _write(root, options):
 
 def _write_scenes(root, split, count, options):
     images, annotations = [], []
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(DIGIT_CLASSES)]
+    categories = [{"id": i + 1, "name": n, "keypoints": DIGIT_KEYPOINTS} for i, n in enumerate(DIGIT_CLASSES)]
     for index in tqdm(range(count), f"{split} images", unit="image", disable=None):
         name = f"{split}_{index:06d}"
         picture = render_scene(split, index, size=options.size, seed=options.seed, light=options.light)
@@ -145,14 +148,19 @@ def _write_scenes(root, split, count, options):
         image["height"], image["width"] = picture.image.shape[:2]
         images.append(image)
         for i, (x0, y0, x1, y1) in enumerate(picture.boxes.tolist()):
+            mask, keypoints = picture.visible[i], extreme_points(picture.visible[i])
+            rle = run_lengths.encode(np.asfortranarray(mask, dtype=np.uint8))
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image["id"],
                     "category_id": categories[picture.labels[i]]["id"],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
+                    "area": int(mask.sum()),
                     "iscrowd": 0,
+                    "segmentation": {**rle, "counts": rle["counts"].decode()},
+                    "keypoints": [value for x, y in keypoints for value in (x, y, 2)],  # 2: labelled and visible
+                    "num_keypoints": len(keypoints),
                     "digit_id": picture.digit_ids[i],
                 }
             )

@@ -6,9 +6,10 @@ import shlex
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 
-__all__ = ["DIGIT_CLASSES", "SPLITS", "coco_json", "register_builtin", "register_digits"]
+__all__ = ["DIGIT_CLASSES", "DIGIT_KEYPOINTS", "SPLITS", "coco_json", "register_builtin", "register_digits"]
 
 DIGIT_CLASSES = tuple("0123456789")
+DIGIT_KEYPOINTS = ("top", "bottom", "left", "right")  # the outermost points of what is visible of a digit
 SPLITS = ("train", "val")
 
 
@@ -26,6 +27,7 @@ def register_digits(root, prefix="digits"):
     for split in SPLITS:
         coco, voc = f"{prefix}_coco_{split}", f"{prefix}_voc_{split}"
         metadata = {"thing_classes": list(DIGIT_CLASSES), "make_command": make_command}
+        metadata.update(keypoint_names=list(DIGIT_KEYPOINTS), keypoint_flip_map=[("left", "right")])
         register_coco_instances(coco, metadata, coco_json(root, split), os.path.join(root, "JPEGImages"))
         # year: 2012 is how the evaluator names the area under the whole curve, 2007 the mean of 11 points.
         register_pascal_voc(voc, root, split, 2012, DIGIT_CLASSES)

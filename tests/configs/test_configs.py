@@ -123,8 +123,9 @@ def training_batch(cfg: CfgNode):
                 mask[box[1] : box[3], box[0] : box[2]] = True
             instances.gt_masks = BitMasks(masks)
         if cfg.MODEL.KEYPOINT_ON:
-            centers = instances.gt_boxes.get_centers()[:, None].expand(-1, 17, -1)
-            visible = torch.full((len(instances), 17, 1), 2.0)
+            num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+            centers = instances.gt_boxes.get_centers()[:, None].expand(-1, num_keypoints, -1)
+            visible = torch.full((len(instances), num_keypoints, 1), 2.0)
             instances.gt_keypoints = Keypoints(torch.cat([centers, visible], dim=2))
     if cfg.KD.UNLABELLED.RATIO:
         inputs += [{"image": x["image"], "unlabelled": True} for x in batch(((64, 96), (64, 64)), seed=1)]

@@ -46,6 +46,12 @@ def test_boxes_are_tight_around_the_visible_pixels():
     assert several > 5
 
 
+def test_extreme_points_by_hand():
+    mask = np.array([list(row) for row in ("..###.", "#.....", ".....#", "##.#..", "......")]) == "#"
+    # As (x, y); of two pixels the second, never a place between them.
+    assert digits.extreme_points(mask) == ((3, 0), (1, 3), (0, 3), (5, 2))
+
+
 def test_boxes_are_tight_in_the_image_itself(monkeypatch):
     # On a grey photograph without noise, a digit's pixels are at least half as far from grey as its colour.
     grey = np.full((160, 160, 3), 128, np.uint8)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 from detectron2.data.datasets.pascal_voc import load_voc_instances
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import create_keypoint_hflip_indices, read_image
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from pycocotools import mask as run_lengths
 from torchvision.datasets import ImageFolder
 
 from kd_det.cli import digits
@@ -63,7 +64,22 @@ def test_coco_fields(digits_root):
     assert [c["id"] for c in coco["categories"]] == list(range(1, 11))
     assert [a["id"] for a in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
     for a in coco["annotations"]:
-        assert a["area"] == a["bbox"][2] * a["bbox"][3] > 0 and a["iscrowd"] == 0
+        assert a["area"] == run_lengths.decode(a["segmentation"]).sum()
+        assert 0 < a["area"] <= a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0
+
+
+def test_detectron2s_mapper_reads_the_masks_and_the_outermost_points(digits_root):
+    assert MetadataCatalog.get("tiny_coco_train").keypoint_names == ["top", "bottom", "left", "right"]
+    options = {"use_keypoint": True, "use_instance_mask": True, "instance_mask_format": "bitmask"}
+    flip_indices = create_keypoint_hflip_indices(["tiny_coco_train"])
+    mapper = DatasetMapper(True, augmentations=[], image_format="BGR", keypoint_hflip_indices=flip_indices, **options)
+    for index, record in enumerate(DatasetCatalog.get("tiny_coco_train")):
+        instances, picture = mapper(record)["instances"], render_scene("train", index, size=96, seed=0)
+        assert np.array_equal(instances.gt_masks.tensor.numpy(), picture.visible)
+        for mask, box, keypoints in zip(picture.visible, picture.boxes, instances.gt_keypoints.tensor.numpy()):
+            x, y = (keypoints[:, :2] - 0.5).astype(int).T  # Detectron2 moves points to the centres of pixels
+            assert mask[y, x].all() and (keypoints[:, 2] == 2).all()
+            assert [x[2], y[0], x[3] + 1, y[1] + 1] == box.tolist()
 
 
 def test_files_of_train_and_val_share_no_digit_and_no_region(digits_root):
@@ -80,15 +96,22 @@ def test_files_of_train_and_val_share_no_digit_and_no_region(digits_root):
 @pytest.mark.parametrize("kind, evaluator", [("coco", COCOEvaluator), ("voc", PascalVOCDetectionEvaluator)])
 def test_the_truth_scores_100_in_detectron2s_evaluators(digits_root, tmp_path, kind, evaluator):
     name = f"tiny_{kind}_val"
-    options = {"tasks": ("bbox",), "distributed": False, "output_dir": str(tmp_path)} if kind == "coco" else {}
-    evaluator = evaluator(name, **options)
+    tasks = ("bbox", "segm", "keypoints") if kind == "coco" else ("bbox",)
+    options = {"tasks": tasks, "distributed": False, "output_dir": str(tmp_path), "kpt_oks_sigmas": [0.1] * 4}
+    evaluator = evaluator(name, **(options if kind == "coco" else {}))
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         boxes = torch.tensor([box for _, *box in boxes_of(record)], dtype=torch.float32)
         instances = Instances((96, 96), pred_boxes=Boxes(boxes), scores=torch.ones(len(boxes)))
         instances.pred_classes = torch.tensor([label for label, *_ in boxes_of(record)])
+        if kind == "coco":
+            masks = [run_lengths.decode(a["segmentation"]) for a in record["annotations"]]
+            instances.pred_masks = torch.tensor(np.array(masks), dtype=torch.bool)
+            keypoints = torch.tensor([a["keypoints"] for a in record["annotations"]])
+            instances.pred_keypoints = keypoints.reshape(len(boxes), 4, 3)
         evaluator.process([record], [{"instances": instances}])
-    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    results = evaluator.evaluate()
+    assert [results[task]["AP"] for task in tasks] == pytest.approx([100] * len(tasks))
 
 
 def test_classification_is_an_image_folder_of_the_same_split(digits_root):
@@ -118,6 +141,12 @@ def test_a_finished_set_is_reused_and_nothing_else_is(tmp_path):
     written = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     assert not make_offline_dataset(root, TINY)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == written
+    manifest = root / "dataset.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace(f'"version": {offline.VERSION}', '"version": 1'))  # before it had masks
+    with pytest.raises(DatasetError, match=r"another version of this tool \(1, .* 2\); make it anew with --ov"):
+        make_offline_dataset(root, TINY)
+    manifest.write_text(text)
     other = dataclasses.replace(TINY, num_train=3)
     with pytest.raises(DatasetError, match=r"num_train 2 \(asked for: 3\).*--overwrite"):
         make_offline_dataset(root, other)
