@@ -11,6 +11,11 @@ from kd_det.student import student_class
 
 __all__ = ["holds_config", "used_config"]
 
+# Keys of KD that kd_det's trainer reads for a plain student, too.
+_OF_ANY_TRAINING = {
+    "AMP_PRECISION", "BEST_METRIC", "EMA_DECAY", "IMPORTS", "NON_FINITE", "RESUME_SOLVER", "WRITERS"
+}  # fmt: skip
+
 
 def used_config(cfg: CfgNode) -> CfgNode:
     """
@@ -23,7 +28,7 @@ def used_config(cfg: CfgNode) -> CfgNode:
         named = {loss_class(name) for name in ret.KD.LOSSES}
         unused = {loss.name.upper() for _, loss in DISTILLATION_LOSS_REGISTRY if loss not in named}
     else:
-        unused = set(ret.get("KD", ())) - {"BEST_METRIC", "IMPORTS", "NON_FINITE", "WRITERS"}  # read in any training
+        unused = set(ret.get("KD", ())) - _OF_ANY_TRAINING
     for key in unused:
         ret.KD.pop(key, None)
     if "CLASSIFICATION" not in getattr(student_class(cfg), "config_nodes", ()):
