@@ -19,13 +19,17 @@ Streams, pinned memory, NCCL and autocast on the device are not modelled; autoca
 
 import collections
 import contextlib
+import os
 import traceback
 
+import detectron2
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+import kd_det
 
 # Autograd refuses a "cuda" tensor on a machine without CUDA; "meta" exists everywhere.
 DEVICE = torch.device("meta")
@@ -103,10 +107,10 @@ class Accelerator(TorchDispatchMode):
 def _place() -> str:
     """The innermost line of kd_det or of Detectron2."""
     for frame in reversed(traceback.extract_stack()):
-        for package in ("kd_det", "detectron2"):
-            _, found, tail = frame.filename.rpartition(f"/{package}/")
-            if found:
-                return f"{package}/{tail}:{frame.lineno}"
+        for package in (kd_det, detectron2):
+            folder = os.path.dirname(package.__file__)  # not by its name: a checkout may have the name of the package
+            if frame.filename.startswith(folder + os.sep):
+                return f"{package.__name__}/{os.path.relpath(frame.filename, folder)}:{frame.lineno}"
     return "?"
 
 

@@ -44,7 +44,7 @@ class Viewer:
             ValueError: a tap that does not exist.
         """
         student, teacher = getattr(model, "student", model), getattr(model, "teacher", None)
-        losses = getattr(model, "losses", {}).values()
+        losses = model.losses.values() if teacher is not None else ()
         self.model, self.losses = model, [loss for loss in losses if model.teacher_of(loss) is teacher]
         used = dict.fromkeys(pair for loss in self.losses for pair in zip(loss.student_taps, loss.teacher_taps))
         inside = set(student.backbone.modules())

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 
 from kd_det import DistillationLoss, build_teacher
 from kd_det.cli import add_teacher
@@ -13,7 +14,7 @@ from kd_det.cli.checks.classes import check_class_lists, check_teacher_classes
 from kd_det.data import DatasetSummary
 from kd_det.losses.build import loss_class
 from kd_det.teachers.build import get_teacher_cfg
-from tests.tiny import distillation_cfg, tiny_cfg
+from tests.tiny import distillation_cfg, tiny_cfg, tiny_retinanet_cfg
 
 ABC = ["a", "b", "c"]
 
@@ -122,3 +123,11 @@ def test_soft_targets_are_chosen_where_classes_are_shared(tmp_path, taught_on, o
     cfg = tiny_cfg(DATASETS__TRAIN=("taught_on",), KD__TEACHER__CLASS_MAP=[["q", 0]])
     with pytest.raises(ValueError, match="KD.TEACHER.CLASS_MAP: Unknown class of the student 'q'"):
         add_teacher(cfg, str(tmp_path / "teacher.yaml"), weights="none.pth")
+
+
+def test_a_plain_retinanet_is_checked_as_any_student():
+    """Its losses are a method of that name."""
+    cfg = tiny_retinanet_cfg()
+    run = PlannedRun(cfg, Namespace(eval_only=False), model=build_model(cfg))
+    run.datasets = {"train": DatasetSummary(1, tuple(ABC))}
+    check_teacher_classes(run)

@@ -290,6 +290,11 @@ def test_files(tmp_path):
     assert "expected a folder of images, a COCO json, or a file with a path a line" in message_of(run)
 
 
+def test_a_plain_student_with_unlabelled_images_is_refused(tmp_path):
+    run = write_run(tmp_path)
+    assert "set MODEL.META_ARCHITECTURE 'Distiller'" in message_of(run, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+
+
 def test_warnings(tmp_path):
     def warnings(*argv) -> str:
         args = parse_arguments(argument_parser(), ["--config-file", str(write_run(tmp_path) / "run.yaml"), *argv])

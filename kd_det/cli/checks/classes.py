@@ -3,7 +3,7 @@
 from kd_det.cli.checks.run import PlannedRun
 from kd_det.errors import UserError
 from kd_det.losses.class_loss import ClassLoss
-from kd_det.student import student_class
+from kd_det.student import DISTILLER, student_class
 from kd_det.teachers.build import NUM_CLASSES, get_teacher_cfg
 from kd_det.teachers.ensemble import planned_teachers
 
@@ -36,8 +36,10 @@ def check_teacher_classes(run: PlannedRun) -> None:
     A project's loss that compares class by class, with a teacher that is known to have been trained on other classes.
     Losses of kd_det match them by name.
     """
-    comparing = getattr(run.model, "losses", {}).values()
-    comparing = [loss for loss in comparing if loss.compares_classes and not isinstance(loss, ClassLoss)]
+    if run.cfg.MODEL.META_ARCHITECTURE != DISTILLER:  # the losses of a plain RetinaNet are a method
+        return
+    losses = run.model.losses.values()
+    comparing = [loss for loss in losses if loss.compares_classes and not isinstance(loss, ClassLoss)]
     known = _known_classes(run)
     if not comparing or not known:
         return

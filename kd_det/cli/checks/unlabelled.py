@@ -14,9 +14,13 @@ def check_unlabelled(run: PlannedRun) -> None:
     if not 0 <= node.RATIO < float("inf"):
         raise UserError(f"KD.UNLABELLED.RATIO must be a finite number >= 0, found {node.RATIO}")
     if not has_unlabelled(run.cfg):
-        if node.DATASETS or node.RATIO:
-            why = "KD.UNLABELLED.RATIO is 0.0" if not node.RATIO else "MODEL.META_ARCHITECTURE is not 'Distiller'"
-            run.warnings.append(f"{why}: the unlabelled images are not used")
+        if node.RATIO:
+            raise UserError(
+                "KD.UNLABELLED.RATIO is above 0, and a plain student does not use unlabelled images: set "
+                "MODEL.META_ARCHITECTURE 'Distiller', also where no network teaches (KD.UNLABELLED.RESULTS)"
+            )
+        if node.DATASETS:
+            run.warnings.append("KD.UNLABELLED.RATIO is 0.0: the unlabelled images are not used")
         return
     if not node.WEIGHT and not run.model.losses:
         raise UserError("KD.UNLABELLED.WEIGHT is 0.0 and nothing is distilled: unlabelled images would teach nothing")
