@@ -36,7 +36,8 @@ def check_teacher_classes(run: PlannedRun) -> None:
     A project's loss that compares class by class, with a teacher that is known to have been trained on other classes.
     Losses of kd_det match them by name.
     """
-    if run.cfg.MODEL.META_ARCHITECTURE != DISTILLER:  # the losses of a plain RetinaNet are a method
+    # The losses of a plain RetinaNet are a method; a teacher that is evaluated by itself has no model to train.
+    if run.model is None or run.cfg.MODEL.META_ARCHITECTURE != DISTILLER:
         return
     losses = run.model.losses.values()
     comparing = [loss for loss in losses if loss.compares_classes and not isinstance(loss, ClassLoss)]
