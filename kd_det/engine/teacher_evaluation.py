@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from typing import Dict, List
+from collections.abc import Sequence
+from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -11,7 +12,8 @@ from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
-from kd_det.errors import UserError, first_few
+from kd_det.errors import UserError
+from kd_det.features.classes import ClassMatch, match_classes
 from kd_det.teachers.build import teacher_dtype
 from kd_det.teachers.feature_teacher import FeatureTeacher
 from kd_det.teachers.runner import Teacher, padded_images
@@ -34,13 +36,15 @@ class TeacherDetector(nn.Module):
         *,
         input_format: str,
         dtype: torch.dtype = torch.float32,
-        classes: List[str] = (),
+        classes: Sequence[str] = (),
+        class_map: Sequence = (),
     ):
         """
         Args:
             student, teacher, input_format, dtype: as for :class:`kd_det.teachers.Teacher`.
-            classes: of the data set. Those of a teacher with ``class_names`` are matched by name, and what it finds of
-                others is left out; of one without, the numbers must be equal.
+            classes: of the data set, matched with the teacher's as in :func:`kd_det.features.classes.match_classes`;
+                what the teacher finds of others is left out.
+            class_map: ``KD.TEACHER.CLASS_MAP``.
 
         Raises:
             UserError: a teacher of feature maps only, or of other classes than the data set's.
@@ -50,14 +54,14 @@ class TeacherDetector(nn.Module):
             raise UserError("the teacher gives feature maps and no detections: there is nothing to evaluate")
         self.runner = Teacher(teacher, [], student=student, input_format=input_format, dtype=dtype)
         object.__setattr__(self, "student", student)
-        self._index = _class_index(teacher, list(classes))
+        self._match = _match(teacher, list(classes), class_map)
 
     def forward(self, batched_inputs: List[Dict]) -> List[Dict]:
         canvas = tuple(padded_images(self.student, batched_inputs).shape[-2:])
         outputs = self.runner.detect(batched_inputs, canvas)
-        for output in outputs if self._index is not None else ():
+        for output in outputs if self._match is not None else ():
             found = output["instances"]
-            found.pred_classes = self._index.to(found.pred_classes.device)[found.pred_classes]
+            found.pred_classes = self._match.to(found.pred_classes.device).of_student(found.pred_classes)
             output["instances"] = found[found.pred_classes >= 0]
         return outputs
 
@@ -76,9 +80,8 @@ def evaluate_teacher(cfg: CfgNode, student: nn.Module, teacher: nn.Module, train
     if not MetadataCatalog.get(first).get("thing_classes"):
         DatasetCatalog.get(first)  # a COCO file tells its classes when it is read
     classes = MetadataCatalog.get(first).get("thing_classes", ())
-    detector = TeacherDetector(
-        student, teacher, input_format=cfg.INPUT.FORMAT, dtype=teacher_dtype(cfg), classes=classes
-    )
+    known = {"classes": classes, "class_map": cfg.KD.TEACHER.CLASS_MAP}
+    detector = TeacherDetector(student, teacher, input_format=cfg.INPUT.FORMAT, dtype=teacher_dtype(cfg), **known)
     try:
         with tempfile.TemporaryDirectory() as folder:
             evaluators = [trainer_class.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
@@ -121,13 +124,13 @@ def register_first_images(name: str, count: int) -> str:
     return ret
 
 
-def _class_index(teacher: nn.Module, classes: List[str]):
-    """The data set's class of each of the teacher's, -1 for none; None where they are the same."""
-    names = list(getattr(teacher, "class_names", ()))
+def _match(teacher: nn.Module, classes: Sequence[str], class_map: Sequence) -> Optional[ClassMatch]:
+    """Which of the data set's classes are which of the teacher's; None where they are the same, or not known."""
+    names = getattr(teacher, "class_names", ())
     count = len(names) or getattr(getattr(teacher, "roi_heads", teacher), "num_classes", None)
-    if not classes or names == classes or not names and count in (None, len(classes)):
+    if not classes or count is None:
         return None
-    if not set(names) & set(classes):
-        theirs, ours = (f"{len(known)} classes ({first_few(known)})" for known in (names, classes))
-        raise UserError(f"the teacher has {theirs if names else f'{count} classes'} and the data set {ours}")
-    return torch.tensor([classes.index(name) if name in classes else -1 for name in names])
+    try:
+        return match_classes(len(classes), count, student_classes=classes, teacher_classes=names, class_map=class_map)
+    except ValueError as e:
+        raise UserError(f"the teacher cannot be evaluated: {e}") from None

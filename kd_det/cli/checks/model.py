@@ -57,7 +57,8 @@ def check_teacher_evaluation(run: PlannedRun) -> None:
     if not run.test_sets:
         raise UserError("KD.TEACHER.EVALUATE needs data sets to evaluate on, and DATASETS.TEST is empty")
     classes = run.datasets[run.test_sets[0]].thing_classes if run.datasets else ()
-    TeacherDetector(run.student, teacher, input_format=run.cfg.INPUT.FORMAT, classes=classes)
+    known = {"classes": classes, "class_map": run.cfg.KD.TEACHER.CLASS_MAP}
+    TeacherDetector(run.student, teacher, input_format=run.cfg.INPUT.FORMAT, **known)
 
 
 def check_norms(run: PlannedRun) -> None:
