@@ -19,6 +19,7 @@ COMMANDS = {
     "weights": "measure the losses on a few batches, and propose weights",
     "visualize": "draw what a student learned: detections, attention, selective channels, margins",
     "compare": "one table and the curves of several runs",
+    "study": "train several configs with several seeds, and compare them",
     "report": "one page about several runs, to open in a browser",
     "export": "write a trained student as a folder for plain Detectron2",
     "convert": "turn weights of torchvision or timm into a file for Detectron2's backbones",

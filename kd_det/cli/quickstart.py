@@ -17,8 +17,9 @@ from kd_det.cli.run_folder import RunFolder
 from kd_det.cli.run_tool import run_tool
 from kd_det.config_file import CONFIGS
 from kd_det.quickstart import register_digits
-from kd_det.quickstart.report import check_plain, draw_picture, num_parameters
+from kd_det.quickstart.report import check_plain, num_parameters
 from kd_det.study import Run, run_command
+from kd_det.study.picture import draw_runs
 from kd_det.visualization import comparison_table, seeds_table
 
 TEACHER, STUDENT = (
@@ -49,7 +50,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     table_file, picture, page = (os.path.join(args.output, f) for f in ("table.md", "detections.png", "report.html"))
     with open(table_file, "w") as f:
         f.write(table + "\n")
-    draw_picture(picture, "quickstart_voc_val", compared)  # boxes alone, which is what the runs detect
+    draw_runs(picture, "quickstart_voc_val", compared)  # boxes alone, which is what the runs detect
     agreement = check_plain(args.output, "quickstart_coco_val", compared[-1])
     write_report({name: [RunFolder(run.output_dir)] for name, run in zip(NAMES, compared)}, page, PICTURED_IMAGES)
     print(f"\n{table}\n\ntable       {table_file}\npicture     {picture}\nreport      {page}")

@@ -1,40 +1,26 @@
-"""What the quickstart shows of its runs: a picture of their detections, and that plain Detectron2 detects the same."""
+"""What the quickstart shows of its runs: that plain Detectron2 detects the same."""
 
 import os
 
 import cv2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from kd_det.errors import UserError
 from kd_det.student import student_cfg
+from kd_det.study.picture import predictor
 from kd_det.study.runs import Run, run_command
-from kd_det.visualization import detection_grid, draw_detections, draw_ground_truth
 
-__all__ = ["check_plain", "draw_picture", "num_parameters"]
+__all__ = ["check_plain", "num_parameters"]
 
-PICTURED_IMAGES = 6
 COMPARED_IMAGES = 50
 
 
 def num_parameters(cfg: CfgNode) -> int:
     """The number of parameters that are deployed: without teacher and connectors."""
     return sum(parameter.numel() for parameter in build_model(student_cfg(cfg)).parameters())
-
-
-def draw_picture(path: str, dataset: str, runs: list[Run]) -> None:
-    """Ground truth and detections on the first images of a data set."""
-    metadata = MetadataCatalog.get(dataset)
-    predictors = [_predictor(run) for run in runs]
-    rows = []
-    for record in DatasetCatalog.get(dataset)[:PICTURED_IMAGES]:
-        image = cv2.imread(record["file_name"])
-        detections = [draw_detections(image, p(image)["instances"], metadata) for p in predictors]
-        rows.append([draw_ground_truth(image, record, metadata), *detections])
-    cv2.imwrite(path, detection_grid(["ground truth", *(run.name for run in runs)], rows))
 
 
 def check_plain(output: str, dataset: str, run: Run) -> str:
@@ -52,7 +38,7 @@ def check_plain(output: str, dataset: str, run: Run) -> str:
     script = os.path.relpath(os.path.join(os.path.dirname(__file__), "plain_detections.py"))
     files = ["--config-file", config_file, "--weights", run.weights, "--images", images_file, "--output", found_file]
     run_command([script, *files])
-    distiller, detections = _predictor(run), 0
+    distiller, detections = predictor(run), 0
     for path, (boxes, scores, classes) in zip(images, torch.load(found_file)):
         instances = distiller(cv2.imread(path))["instances"].to("cpu")
         detections += len(instances)
@@ -62,10 +48,3 @@ def check_plain(output: str, dataset: str, run: Run) -> str:
         if not (same and torch.allclose(scores, instances.scores, atol=1e-4)):
             raise UserError(f"plain Detectron2 and the Distiller disagree on {path}")
     return f"without kd_det  loads strictly, and gives the same {detections} detections on {len(images)} val images"
-
-
-def _predictor(run: Run) -> DefaultPredictor:
-    cfg = run.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = run.weights
-    return DefaultPredictor(cfg)

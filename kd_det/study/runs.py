@@ -1,5 +1,6 @@
 """Trainings in processes of their own: repeated only if they must be, resumed where they were interrupted."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from typing import IO
 
 from detectron2.config import CfgNode
 
@@ -34,7 +36,7 @@ def read_metrics(output_dir: str, task: str = "bbox") -> dict[str, float]:
     return ret
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """
     One training.
@@ -90,10 +92,18 @@ class Run:
         Raises:
             UserError: the training failed and has printed why, or the folder holds files that are no run.
         """
+        if command := self.prepare():
+            run_command(command, log=log)
+
+    def prepare(self) -> list[str]:
+        """
+        What :meth:`complete` has to run, as ``python *command``; empty for a finished run. Prints the state, removes an
+        older run.
+        """
         state = self.state()
         if state == "finished":
             print(f"{self.name}: {self.weights} is there, reused", flush=True)
-            return
+            return []
         resume = ["--resume"] if state == "interrupted" else []
         if resume:
             print(f"{self.name}: interrupted in {self.output_dir}, resumed", flush=True)
@@ -105,17 +115,32 @@ class Run:
         else:
             shutil.rmtree(self.output_dir, ignore_errors=True)
         name, *arguments = self.command
-        run_command(["-m", "kd_det", name, *resume, *arguments, "OUTPUT_DIR", self.output_dir], log=log)
+        return ["-m", "kd_det", name, *resume, *arguments, "OUTPUT_DIR", self.output_dir]
 
 
 def run_command(command: list[str], *, log: int | None = None) -> None:
     """Print and run ``python *command``, its output as of :meth:`Run.complete`; ``UserError`` if it failed."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    # Ctrl-C reaches the command as well, which saves what it has: wait for that, subprocess.run would kill it.
-    interrupt = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        status = subprocess.call([sys.executable, "-W", "ignore", *command], stdout=log)
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
+    with interrupts_left_to_commands():
+        check(command, start(command, log=log).wait())
+
+
+def start(command: list[str], *, log: int | IO | None = None) -> subprocess.Popen:
+    """Start ``python *command``."""
+    return subprocess.Popen([sys.executable, "-W", "ignore", *command], stdout=log)
+
+
+def check(command: list[str], status: int) -> None:
+    """``UserError`` for a command that failed."""
     if status:
         raise UserError(f"python {' '.join(command[:3])} ended with exit status {status}; run this again to continue")
+
+
+@contextlib.contextmanager
+def interrupts_left_to_commands():
+    """Ctrl-C reaches the commands as well, which save what they have: wait for that, and do not end before them."""
+    interrupt = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, interrupt)

@@ -1,0 +1,199 @@
+"""
+Train several configs, each with several seeds, several at a time, and compare them: a table, curves, and a picture of
+ground truth and detections. Runs that are finished are not repeated, interrupted ones are resumed.
+
+    kd-det study alone.yaml distilled.yaml --seeds 0 1 2 --output output/study
+    kd-det study configs/Study/digits.yaml --jobs 2
+    kd-det study configs/Study/digits.yaml --rows alone "NST*" --seeds 0
+
+A study file (yaml) has "rows": {GROUP: {NAME: ARGUMENTS of kd-det train, or of kd-det COMMAND where they begin with
+"COMMAND "}}, and may have "seeds", "output", "results" (a JSON file that keeps what the runs gave, so that it can be
+drawn without them), "pictured" (names of rows) and "more_seeds": {NAME: [SEED, ...]}. A row may start from what
+another wrote: KD.TEACHER.WEIGHTS or MODEL.WEIGHTS OUTPUT/NAME/seed_SEED/model_final.pth.
+"""
+
+import argparse
+import fnmatch
+import os
+import shlex
+from dataclasses import dataclass, field
+
+import yaml
+
+from kd_det.classification.trainer import is_classifier
+from kd_det.cli.arguments import argument_parser, describe, load_config, parse_arguments
+from kd_det.cli.run_tool import run_tool
+from kd_det.cli.teacher import UNDECIDED
+from kd_det.errors import UserError, unknown_name
+from kd_det.losses.build import enabled_loss_classes
+from kd_det.study.parallel import complete_all
+from kd_det.study.picture import draw_runs
+from kd_det.study.results import Record, Results, results_table
+from kd_det.study.runs import Run
+from kd_det.visualization import draw_curves
+
+_KEYS = ("rows", "seeds", "output", "results", "pictured", "more_seeds")
+
+
+@dataclass
+class Study:
+    """What a study file says; ``rows``: arguments by group and name."""
+
+    rows: dict[str, dict[str, str]]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    output: str = "output/study"
+    results: str = ""
+    pictured: list[str] = field(default_factory=list)
+    more_seeds: dict[str, list[int]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        return [name for group in self.rows.values() for name in group]
+
+
+def read_study(path: str) -> Study:
+    """A study file; ``UserError`` for what is none."""
+    with open(path) as file:
+        found = yaml.safe_load(file)
+    for key in found:
+        if key not in _KEYS:
+            raise UserError(f"{path}: {unknown_name('key of a study', key, _KEYS)}")
+    groups = found.get("rows")
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) and group for group in groups.values()):
+        raise UserError(f"{path}: expected rows: {{GROUP: {{NAME: ARGUMENTS}}}}, found {groups!r}")
+    study = Study(**found)
+    names = study.names()
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: two rows are named {', '.join(repeated)}")
+    for name in [*study.pictured, *study.more_seeds]:
+        if name not in names:
+            raise UserError(f"{path}: {unknown_name('row', name, names)}")
+    return study
+
+
+def planned(study: Study, rows: list[str], seeds: list[int] | None) -> dict[str, list[Run]]:
+    """The runs of these rows by seed. Not checked yet; ``ValueError`` for a config that cannot be read."""
+    ret = {}
+    for name, arguments in ((name, a) for group in study.rows.values() for name, a in group.items()):
+        if name in rows:
+            own = study.more_seeds.get(name, study.seeds)
+            own = own if seeds is None else [seed for seed in own if seed in seeds] or own[:1]
+            ret[name] = [_run(study, name, arguments, seed) for seed in own]
+    return ret
+
+
+def _run(study: Study, name: str, arguments: str, seed: int) -> Run:
+    words = shlex.split(arguments)
+    command = words.pop(0) if words[0] == "pretrain" else "train"
+    # A seed in the arguments wins: options are merged in order.
+    words = [*words, *([] if "SEED" in words else ["SEED", str(seed)])]
+    folder = os.path.join(study.output, name.replace("/", "_").replace(" ", "_"), f"seed_{seed}")
+    try:
+        cfg = load_config(parse_arguments(argument_parser(), [*words, "OUTPUT_DIR", folder]))
+    except ValueError as e:
+        raise UserError(f"row {name}: {e}") from e
+    if cfg.KD.LOSSES == UNDECIDED:
+        raise UserError(f"row {name}: --teacher needs --losses here, e.g. --losses NST,SoftTarget")
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        enabled_loss_classes(cfg)  # unknown names
+    task = "classification" if is_classifier(cfg) else "bbox"
+    run = Run(f"{name}, seed {seed}", [command, *words], cfg, task=task)
+    run.inputs = [w for w in (cfg.KD.TEACHER.WEIGHTS, cfg.MODEL.WEIGHTS) if w and "://" not in w]
+    return run
+
+
+def _study(args: argparse.Namespace) -> None:
+    study = _given(args)
+    names = study.names()
+    rows = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows or ["*"])]
+    if not rows:
+        raise UserError(f"--rows {' '.join(args.rows)} fits no row; the rows are {', '.join(names)}")
+    plan = planned(study, names, None)
+    wanted = [run for name in rows for run in plan[name] if args.seeds is None or run.cfg.SEED in args.seeds]
+    results = Results(study.results or os.path.join(study.output, "results.json"))
+    row_of = {run: name for name, runs in plan.items() for run in runs}
+    if not args.only_show:
+        missing = _with_inputs([run for run in wanted if not results.find(row_of[run], run)], list(row_of))
+        print(f"{len(wanted)} runs, {len(missing)} of them to do, {args.jobs} at a time", flush=True)
+        complete_all(missing, jobs=args.jobs, finished=lambda run: _keep(results, row_of[run], run, names))
+    show(study, plan, results)
+
+
+def _given(args: argparse.Namespace) -> Study:
+    """The study of the command line: a file of one, or configs."""
+    if len(args.files) == 1:
+        with open(args.files[0]) as file:
+            is_study = "rows" in (yaml.safe_load(file) or {})
+        if is_study:
+            study = read_study(args.files[0])
+            study.output = args.output or study.output
+            return study
+    names = [os.path.splitext(os.path.basename(path))[0] for path in args.files]
+    rows = {name: shlex.join(["--config-file", path, *args.opts]) for name, path in zip(names, args.files)}
+    if len(rows) < len(names):
+        raise UserError(f"configs of the same name: {', '.join(args.files)}; name the rows in a study file")
+    return Study({"configs": rows}, args.seeds or [0, 1, 2], args.output or "output/study", pictured=names[:4])
+
+
+def _with_inputs(runs: list[Run], every: list[Run]) -> list[Run]:
+    """These runs and those that make what they start from and is not there, in the order of ``every``."""
+    made = {run.weights: run for run in every}
+    needed, found = list(runs), set()
+    while needed:
+        run = needed.pop()
+        found.add(run)
+        needed += [made[path] for path in run.inputs if path in made and made[path] not in found]
+    return [run for run in every if run in found]
+
+
+def _keep(results: Results, row: str, run: Run, names: list[str]) -> None:
+    if not results.find(row, run):
+        results.add(Record.of(row, run), names)
+
+
+def show(study: Study, plan: dict[str, list[Run]], results: Results) -> None:
+    """Write the tables, the curves and the picture of what is finished, and print the first."""
+    records = [record for name, runs in plan.items() for run in runs if (record := results.find(name, run))]
+    if not records:
+        return print("nothing is finished")
+    os.makedirs(study.output, exist_ok=True)
+    table, pictured = (os.path.join(study.output, file) for file in ("table.md", "detections.png"))
+    tables = study_tables(study, records)
+    with open(table, "w") as file:
+        file.write(tables)
+    names = study.pictured or study.names()[:4]
+    histories = {name: [r.history() for r in records if r.row == name] for name in names}
+    curves = draw_curves(os.path.join(study.output, "curves"), {k: v for k, v in histories.items() if v})
+    firsts = [plan[name][0] for name in names if os.path.isfile(plan[name][0].weights)]
+    firsts = [run for run in firsts if run.task == "bbox"]
+    print(f"\n{tables}\n{results.path}, {table}, {', '.join(curves)}", end="\n" if not firsts else f", {pictured}\n")
+    if firsts:
+        draw_runs(pictured, firsts[0].cfg.DATASETS.TEST[0], firsts)
+
+
+def study_tables(study: Study, records: list[Record]) -> str:
+    """A table for each group of rows, in Markdown; teacher and student alone stand in each."""
+    ret = []
+    for group, rows in study.rows.items():
+        names = {"teacher", "alone", *rows}
+        found = [record for record in records if record.row in names]
+        if any(record.row in rows for record in found):
+            metric = "bbox/AP" if "bbox/AP" in found[-1].scores else next(iter(found[-1].scores))
+            found = [record for record in found if metric in record.scores]
+            ret.append(f"**{group}**\n\n{results_table(found, metric=metric)}\n")
+    return "\n".join(ret)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = describe(argparse.ArgumentParser(), __doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a study file, or configs")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these, also as patterns: 'NST*'")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these; of configs, default 0 1 2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, default %(default)s")
+    parser.add_argument("--output", metavar="FOLDER", help="default: the study's, or output/study")
+    parser.add_argument("--only-show", action="store_true", help="run nothing, draw what is finished")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for every config")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_tool(_study, get_parser().parse_args(argv))
