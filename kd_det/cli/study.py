@@ -6,17 +6,18 @@ ground truth and detections. Runs that are finished are not repeated, interrupte
     kd-det study configs/Study/digits.yaml --jobs 2
     kd-det study configs/Study/digits.yaml --rows alone "NST*" --seeds 0
 
-A study file (yaml) has "rows": {GROUP: {NAME: ARGUMENTS of kd-det train, or of kd-det COMMAND where they begin with
-"COMMAND "}}, and may have "seeds", "output", "results" (a JSON file that keeps what the runs gave, so that it can be
-drawn without them), "pictured" (names of rows) and "more_seeds": {NAME: [SEED, ...]}. A row may start from what
-another wrote: KD.TEACHER.WEIGHTS or MODEL.WEIGHTS OUTPUT/NAME/seed_SEED/model_final.pth.
+A study file (yaml) has "rows": {GROUP: {NAME: ARGUMENTS of kd-det train, or "pretrain" and those of kd-det pretrain}},
+and may have "seeds", "seeds_of": {NAME: [SEED, ...]}, "output", "results" (a JSON file that keeps what the runs gave, so
+that it can be drawn without them) and "pictured" (names of rows). A row may start from what another wrote:
+KD.TEACHER.WEIGHTS or MODEL.WEIGHTS OUTPUT/NAME/seed_SEED/model_final.pth. Gains are over the row "alone", as part of the
+gap to the row "teacher".
 """
 
 import argparse
 import fnmatch
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import yaml
 
@@ -32,8 +33,6 @@ from kd_det.study.results import Record, Results, results_table
 from kd_det.study.runs import Run
 from kd_det.visualization import draw_curves
 
-_KEYS = ("rows", "seeds", "output", "results", "pictured", "more_seeds")
-
 
 @dataclass
 class Study:
@@ -44,7 +43,7 @@ class Study:
     output: str = "output/study"
     results: str = ""
     pictured: list[str] = field(default_factory=list)
-    more_seeds: dict[str, list[int]] = field(default_factory=dict)
+    seeds_of: dict[str, list[int]] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         return [name for group in self.rows.values() for name in group]
@@ -55,8 +54,8 @@ def read_study(path: str) -> Study:
     with open(path) as file:
         found = yaml.safe_load(file)
     for key in found:
-        if key not in _KEYS:
-            raise UserError(f"{path}: {unknown_name('key of a study', key, _KEYS)}")
+        if key not in (keys := [field.name for field in fields(Study)]):
+            raise UserError(f"{path}: {unknown_name('key of a study', key, keys)}")
     groups = found.get("rows")
     if not isinstance(groups, dict) or not all(isinstance(group, dict) and group for group in groups.values()):
         raise UserError(f"{path}: expected rows: {{GROUP: {{NAME: ARGUMENTS}}}}, found {groups!r}")
@@ -64,28 +63,25 @@ def read_study(path: str) -> Study:
     names = study.names()
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: two rows are named {', '.join(repeated)}")
-    for name in [*study.pictured, *study.more_seeds]:
+    for name in [*study.pictured, *study.seeds_of]:
         if name not in names:
             raise UserError(f"{path}: {unknown_name('row', name, names)}")
     return study
 
 
-def planned(study: Study, rows: list[str], seeds: list[int] | None) -> dict[str, list[Run]]:
-    """The runs of these rows by seed. Not checked yet; ``ValueError`` for a config that cannot be read."""
-    ret = {}
-    for name, arguments in ((name, a) for group in study.rows.values() for name, a in group.items()):
-        if name in rows:
-            own = study.more_seeds.get(name, study.seeds)
-            own = own if seeds is None else [seed for seed in own if seed in seeds] or own[:1]
-            ret[name] = [_run(study, name, arguments, seed) for seed in own]
-    return ret
+def planned(study: Study) -> dict[str, list[Run]]:
+    """The runs of each row by seed. Not checked yet; ``ValueError`` for a config that cannot be read."""
+    return {
+        name: [_run(study, name, arguments, seed) for seed in study.seeds_of.get(name, study.seeds)]
+        for group in study.rows.values()
+        for name, arguments in group.items()
+    }
 
 
 def _run(study: Study, name: str, arguments: str, seed: int) -> Run:
     words = shlex.split(arguments)
     command = words.pop(0) if words[0] == "pretrain" else "train"
-    # A seed in the arguments wins: options are merged in order.
-    words = [*words, *([] if "SEED" in words else ["SEED", str(seed)])]
+    words += ["SEED", str(seed)]
     folder = os.path.join(study.output, name.replace("/", "_").replace(" ", "_"), f"seed_{seed}")
     try:
         cfg = load_config(parse_arguments(argument_parser(), [*words, "OUTPUT_DIR", folder]))
@@ -107,7 +103,7 @@ def _study(args: argparse.Namespace) -> None:
     rows = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows or ["*"])]
     if not rows:
         raise UserError(f"--rows {' '.join(args.rows)} fits no row; the rows are {', '.join(names)}")
-    plan = planned(study, names, None)
+    plan = planned(study)
     wanted = [run for name in rows for run in plan[name] if args.seeds is None or run.cfg.SEED in args.seeds]
     results = Results(study.results or os.path.join(study.output, "results.json"))
     row_of = {run: name for name, runs in plan.items() for run in runs}
