@@ -7,6 +7,7 @@ their training images, study_..._tune_{train,val}, on which weights and schedule
     python docs/trees/trees.py deepforest/data $DETECTRON2_DATASETS/study_trees 24
 """
 
+import functools
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -30,14 +31,15 @@ def right_quarter_of_trees(record: dict) -> bool | None:
 def register(name: str, json_files: str, images: str, is_val) -> None:
     for split in ("train", "val"):
         register_coco_instances(f"study_{name}_{split}", {}, json_files.format(split), images.format(split))
-    for split in ("train", "val"):
+        tune = f"study_{name}_tune_{split}"
+        load = functools.partial(load_part, json_files.format("train"), images.format("train"), tune, is_val)
+        DatasetCatalog.register(tune, load)
+        MetadataCatalog.get(tune).set(evaluator_type="coco")
 
-        def load(of_val=split == "val"):
-            records = load_coco_json(json_files.format("train"), images.format("train"), f"study_{name}_train")
-            return [record for record in records if is_val(record) is of_val]
 
-        DatasetCatalog.register(f"study_{name}_tune_{split}", load)
-        MetadataCatalog.get(f"study_{name}_tune_{split}").set(evaluator_type="coco")
+def load_part(json_file: str, images: str, name: str, is_val) -> list[dict]:
+    records = load_coco_json(json_file, images, name)  # which also tells the class names
+    return [record for record in records if is_val(record) is name.endswith("val")]
 
 
 register("digits", f"{DIGITS}/coco/instances_{{}}.json", f"{DIGITS}/JPEGImages", last_fifth_of_digits)

@@ -4,7 +4,7 @@ What distillation costs.
     tools/benchmark.py losses                                 # every founding loss at p2..p6 of an 800x1333 image
     tools/benchmark.py losses --losses nst --levels p5 --channels 2048
     tools/benchmark.py losses --device cuda --json losses.json
-    tools/benchmark.py step --config-file configs/Quickstart/student_distilled.yaml --losses all
+    tools/benchmark.py step --config-file configs/Quickstart/distilled.yaml --losses all
     tools/benchmark.py step --config-file student.yaml --teacher teacher.yaml --losses all --amp bfloat16
 
 ``losses`` times forward and backward of each loss beside its floor, the arithmetic that no implementation can avoid,

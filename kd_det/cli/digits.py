@@ -56,7 +56,7 @@ def _make(output: str, overwrite: bool, options: dict) -> None:
     print(f"{output}: {'written' if written else 'already there with these options, reused'}")
     folder, name = os.path.split(os.path.abspath(output))
     if name == "digits":  # Detectron2 finds it under that name only
-        train = "kd-det train --config-file configs/Quickstart/student_R_18_FPN.yaml"
+        train = "kd-det train --config-file configs/Quickstart/student.yaml"
         print(f"Next: DETECTRON2_DATASETS={shlex.quote(folder)} {train}")
 
 

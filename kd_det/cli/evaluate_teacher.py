@@ -2,7 +2,7 @@
 Evaluate the teacher of a config on DATASETS.TEST by the code that teaches: with its own normalisation and channel
 order, at the size and padding of the student's images. A wrong teacher is seen in a minute.
 
-    kd-det evaluate-teacher --config-file configs/Quickstart/student_distilled.yaml
+    kd-det evaluate-teacher --config-file configs/Quickstart/distilled.yaml
     kd-det evaluate-teacher --config-file any_student.yaml --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml
     kd-det evaluate-teacher --config-file mine.yaml --teacher teacher.py --teacher-weights teacher.pth --images 100
 

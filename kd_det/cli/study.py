@@ -7,10 +7,10 @@ ground truth and detections. Runs that are finished are not repeated, interrupte
     kd-det study configs/Study/digits.yaml --rows alone "NST*" --seeds 0
 
 A study file (yaml) has "rows": {GROUP: {NAME: ARGUMENTS of kd-det train, or "pretrain" and those of kd-det pretrain}},
-and may have "seeds", "seeds_of": {NAME: [SEED, ...]}, "output", "results" (a JSON file that keeps what the runs gave, so
-that it can be drawn without them) and "pictured" (names of rows). A row may start from what another wrote:
-KD.TEACHER.WEIGHTS or MODEL.WEIGHTS OUTPUT/NAME/seed_SEED/model_final.pth. Gains are over the row "alone", as part of the
-gap to the row "teacher".
+and may have "seeds", "seeds_of": {NAME: [SEED, ...]}, "output", "results" (a JSON file that keeps what the runs gave,
+so that it can be drawn without them) and "pictured" (names of rows). A row may start from what another wrote:
+KD.TEACHER.WEIGHTS or MODEL.WEIGHTS OUTPUT/NAME/seed_SEED/model_final.pth. Gains are over the row "alone", also as part
+of the gap to the row "teacher".
 """
 
 import argparse
@@ -85,12 +85,12 @@ def _run(study: Study, name: str, arguments: str, seed: int) -> Run:
     folder = os.path.join(study.output, name.replace("/", "_").replace(" ", "_"), f"seed_{seed}")
     try:
         cfg = load_config(parse_arguments(argument_parser(), [*words, "OUTPUT_DIR", folder]))
-    except ValueError as e:
+        if cfg.KD.LOSSES == UNDECIDED:
+            raise UserError("--teacher needs --losses here, e.g. --losses NST,SoftTarget")
+        if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+            enabled_loss_classes(cfg)  # unknown names
+    except (ValueError, OSError) as e:
         raise UserError(f"row {name}: {e}") from e
-    if cfg.KD.LOSSES == UNDECIDED:
-        raise UserError(f"row {name}: --teacher needs --losses here, e.g. --losses NST,SoftTarget")
-    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
-        enabled_loss_classes(cfg)  # unknown names
     task = "classification" if is_classifier(cfg) else "bbox"
     run = Run(f"{name}, seed {seed}", [command, *words], cfg, task=task)
     run.inputs = [w for w in (cfg.KD.TEACHER.WEIGHTS, cfg.MODEL.WEIGHTS) if w and "://" not in w]

@@ -1,7 +1,7 @@
 """
 List the places of a config's networks that KD.*.STUDENT_TAPS and KD.*.TEACHER_TAPS can name.
 
-    kd-det taps --config-file configs/Quickstart/student_distilled.yaml
+    kd-det taps --config-file configs/Quickstart/distilled.yaml
     kd-det taps --config-file any_student.yaml --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml
     kd-det taps --config-file configs/lazy/fcos_R_50_from_R_101_nst_1x.py
 

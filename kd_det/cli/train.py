@@ -1,7 +1,7 @@
 """
 Train a detector with or without a teacher, or evaluate it: Detectron2's tools/train_net.py for configs with KD keys.
 
-    kd-det train --config-file configs/Quickstart/student_R_18_FPN.yaml
+    kd-det train --config-file configs/Quickstart/student.yaml
     kd-det train --config-file any_student.yaml --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml
     kd-det train --config-file mine.yaml --import my_data.py --num-gpus 8
     kd-det train --config-file mine.yaml --eval-only MODEL.WEIGHTS output/model_final.pth

@@ -1,7 +1,7 @@
 """
 Measure the distillation losses of a config against the student's own losses, and propose weights.
 
-    kd-det weights --config-file configs/Quickstart/student_distilled.yaml --batches 10
+    kd-det weights --config-file configs/Quickstart/distilled.yaml --batches 10
     kd-det weights --config-file any_student.yaml --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml
     kd-det weights --config-file configs/Classification/Digits/nst.yaml
 

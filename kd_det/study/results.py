@@ -101,10 +101,13 @@ class Results:
     def __init__(self, path: str):
         """``path``: the file, which need not exist yet."""
         self.path = path
-        self.records: list[Record] = []
-        if os.path.isfile(path):
-            with open(path) as file:
-                self.records = [Record(**record) for record in json.load(file)]
+        self.records = self._read()
+
+    def _read(self) -> list[Record]:
+        if not os.path.isfile(self.path):
+            return []
+        with open(self.path) as file:
+            return [Record(**record) for record in json.load(file)]
 
     def find(self, row: str, run: Run) -> Record | None:
         """The record of this run with this config, None without one."""
@@ -113,7 +116,8 @@ class Results:
 
     def add(self, record: Record, rows: Sequence[str]) -> None:
         """Add a record, or replace that of the same row and seed, and write the file; ``rows``: their order."""
-        kept = [r for r in self.records if (r.row, r.seed) != (record.row, record.seed)] + [record]
+        # Read again: another process may work on other rows.
+        kept = [r for r in self._read() if (r.row, r.seed) != (record.row, record.seed)] + [record]
         places = {row: place for place, row in enumerate(rows)}
         self.records = sorted(kept, key=lambda r: (places.get(r.row, len(places)), r.row, r.seed))
         text = ",\n".join(json.dumps(asdict(r)) for r in self.records)

@@ -7,7 +7,7 @@ from kd_det.visualization.hook import VisualizationHook
 from kd_det.visualization.panels import Chart, Panel, Row, draw_row, overlay, stack
 from kd_det.visualization.pictures import Viewer, attention_row, detections_row
 from kd_det.visualization.report import ReportedRun, render_report
-from kd_det.visualization.tables import TABLE_FORMATS, RunSummary, comparison_table, runs_table, seeds_table
+from kd_det.visualization.tables import TABLE_FORMATS, RunSummary, comparison_table, runs_table
 from kd_det.visualization.view import Sample, Seen, View, read_sample
 
 __all__ = [
@@ -37,6 +37,5 @@ __all__ = [
     "read_sample",
     "render_report",
     "runs_table",
-    "seeds_table",
     "stack",
 ]

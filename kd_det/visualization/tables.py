@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-__all__ = ["TABLE_FORMATS", "RunSummary", "comparison_table", "runs_table", "seeds_table", "table_cells"]
+__all__ = ["TABLE_FORMATS", "RunSummary", "comparison_table", "runs_table", "table_cells"]
 
 # By the ending of a file.
 TABLE_FORMATS = ("txt", "md", "csv")
@@ -47,15 +47,6 @@ def comparison_table(rows: Sequence[tuple[str, int, Mapping[str, float]]]) -> st
         for name, parameters, m in rows
     ]
     return _markdown(table, ("model", "parameters", "s / step", "AP", "AP50"))
-
-
-def seeds_table(names: tuple[str, str], results: Mapping[int, tuple[float, float]]) -> str:
-    """A Markdown table of two models' AP by seed, the second minus the first, and the means."""
-    rows = [(str(seed), *pair, pair[1] - pair[0]) for seed, pair in results.items()]
-    if len(rows) > 1:
-        rows.append(("mean", *(statistics.mean(column) for column in list(zip(*rows))[1:])))
-    table = [(seed, f"{a:.1f}", f"{b:.1f}", f"{gain:+.1f}") for seed, a, b, gain in rows]
-    return _markdown(table, ("seed", *(f"AP {name}" for name in names), "difference"))
 
 
 def table_cells(runs: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:

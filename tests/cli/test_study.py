@@ -1,39 +1,31 @@
 """kd-det study: which runs it makes of a file or of configs, and what it leaves."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.cli import study
-from kd_det.errors import UserError
-from kd_det.study import parallel
 from kd_det.study.run_config import used_config
+from tests.digits_data import digits_root  # noqa: F401
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "Quickstart"
-STUDENT = str(CONFIGS / "student_R_18_FPN.yaml")
-DISTILLED = f"--config-file {CONFIGS / 'student_distilled.yaml'} KD.TEACHER.WEIGHTS out/teacher/seed_7/model_final.pth"
+STUDENT = f"--config-file {CONFIGS / 'student_R_18_FPN.yaml'}"
+TAUGHT = f"--config-file {CONFIGS / 'student_distilled.yaml'} KD.TEACHER.WEIGHTS out/teacher/seed_7/model_final.pth"
 ROWS = {
-    "controls": {"teacher": f"--config-file {STUDENT} SEED 7", "alone": f"--config-file {STUDENT}"},
-    "methods": {"NST": f"{DISTILLED} KD.LOSSES \"('NST',)\"", "AT": f"{DISTILLED} --losses AT".replace("--losses AT", "")},
+    "controls": {"teacher": STUDENT, "alone": STUDENT},
+    "methods": {"NST": TAUGHT, "NST 5": f"{TAUGHT} KD.NST.WEIGHT 5.0"},
 }
+FILE = {"rows": ROWS, "output": "out", "results": "kept/results.json", "seeds": [1, 2], "seeds_of": {"teacher": [7]}}
 
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """In a folder of its own; instead of training, what a run writes. Its AP is 10 times its seed; the list of runs."""
+    """The runs that were trained, in a folder of its own. A stand-in writes what they do; AP is 10 times the seed."""
     monkeypatch.chdir(tmp_path)
     seen = []
-
-    class Ended:
-        returncode = 0
-
-        def poll(self):
-            return 0
-
-        wait = poll
 
     def complete_all(runs, *, jobs, finished):
         for run in runs:
@@ -47,3 +39,86 @@ def trained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "complete_all", complete_all)
     return seen
+
+
+def run(*arguments, **changed):
+    Path("study.yaml").write_text(yaml.safe_dump({**FILE, **changed}, sort_keys=False))
+    study.main(["study.yaml", *arguments])
+
+
+def test_each_row_is_trained_with_its_seeds_and_never_again(trained, capsys):
+    run()
+    seeds = [f"{row}, seed {seed}" for row in ("alone", "NST", "NST 5") for seed in (1, 2)]
+    assert trained == ["teacher, seed 7", *seeds]
+    found = capsys.readouterr().out
+    assert re.search(r"teacher +\| +1 \| +70.0 .*\n.*alone +\| +2 \| 15.0 ± 5.0", found)
+    assert "**controls**" in found and "**methods**" in found
+    assert Path("out/table.md").read_text() in found
+    assert Path("out/curves.png").is_file() and Path("out/curves.svg").is_file()
+    assert len(json.loads(Path("kept/results.json").read_text())) == 7
+    run()
+    assert len(trained) == 7
+    changed = {"rows": {**ROWS, "methods": {"NST": f"{TAUGHT} KD.NST.WEIGHT 6.0"}}}
+    run(**changed)
+    assert trained[7:] == ["teacher, seed 7", "NST, seed 1", "NST, seed 2"]  # the teacher left no weights in this test
+
+
+def test_a_subset_brings_the_teacher_that_it_needs(trained, capsys):
+    run("--rows", "NST*", "--seeds", "2")
+    assert trained == ["teacher, seed 7", "NST, seed 2", "NST 5, seed 2"]
+    run("--only-show")
+    assert len(trained) == 3 and "NST 5" in capsys.readouterr().out
+
+
+def test_the_tables_of_another_machine_need_no_run(trained, capsys):
+    run()
+    table = Path("out/table.md").read_text()
+    Path("out").rename("elsewhere")
+    run()
+    assert len(trained) == 7 and Path("out/table.md").read_text() == table
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"rows": {"a": "--config-file x.yaml"}}, "expected rows: {GROUP: {NAME: ARGUMENTS}}, found"),
+        ({"seed": [1]}, "Unknown key of a study 'seed'. Did you mean 'seeds'"),
+        ({"seeds_of": {"nst": [1]}}, "Unknown row 'nst'"),
+        ({"pictured": ["at"]}, "Unknown row 'at'"),
+        ({"rows": {"a": {"x": STUDENT}, "b": {"x": STUDENT}}}, "two rows are named x"),
+        ({"rows": {"a": {"x": f"{STUDENT} SOLVER.MAX_ITR 3"}}}, "row x: .*SOLVER.MAX_ITR"),
+        ({"rows": {"a": {"x": f"{TAUGHT} KD.LOSSES ('NSTT',)"}}}, "row x: .*NSTT"),
+        ({"rows": {"a": {"x": f"{STUDENT} --teacher a.yaml"}}}, "row x: "),
+        ({"rows": {"a": {"x": "--config-file no.yaml"}}}, "row x: .*no.yaml"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_before_anything_is_trained(trained, capsys, changed, message):
+    with pytest.raises(SystemExit):
+        run(**{"seeds_of": {}, **changed})
+    found = capsys.readouterr().err
+    assert re.search(message.replace("{", r"\{"), found) and found.count("\n") == 1
+    assert not trained
+
+
+def test_rows_that_do_not_exist(trained, capsys):
+    with pytest.raises(SystemExit):
+        run("--rows", "at")
+    assert "fits no row; the rows are teacher, alone, NST, NST 5" in capsys.readouterr().err
+
+
+def test_configs_of_ones_own_are_trained_and_compared(tmp_path, monkeypatch, digits_root, capsys):  # noqa: F811
+    """Real runs of a step, in processes of their own: table, curves, and ground truth beside detections."""
+    monkeypatch.chdir(tmp_path)
+    data = f"from kd_det.quickstart import register_digits\nregister_digits({str(digits_root)!r}, 'mine')\n"
+    Path("data.py").write_text(data)
+    datasets = {"TRAIN": ["mine_coco_train"], "TEST": ["mine_coco_val"]}
+    opts = {"KD": {"IMPORTS": ["data.py"]}, "DATASETS": datasets}
+    opts |= {"SOLVER": {"MAX_ITER": 1, "STEPS": [], "IMS_PER_BATCH": 1}, "INPUT": {"MIN_SIZE_TEST": 64}}
+    for name, width in (("narrow", 8), ("wide", 16)):
+        model = {"RESNETS": {"RES2_OUT_CHANNELS": width}, "BACKBONE": {"NAME": "build_basic_resnet_fpn_backbone"}}
+        base = {"_BASE_": str(CONFIGS / "student_R_18_FPN.yaml"), "MODEL": model, **opts}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(base))
+    study.main(["narrow.yaml", "wide.yaml", "--seeds", "0", "--jobs", "2", "--output", "mine"])
+    assert re.search(r"narrow +\| +1 \|.*\n.*wide +\| +1 \|", capsys.readouterr().out)
+    for name in ("table.md", "curves.png", "curves.svg", "detections.png", "results.json", "narrow/seed_0.log"):
+        assert Path("mine", name).is_file(), name

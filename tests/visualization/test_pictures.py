@@ -134,7 +134,7 @@ def test_the_weights_of_regions(tmp_path):
 def test_an_overlay_has_the_legends_colours():
     panel = Panel("", np.full((2, 4, 3), 255, np.uint8), torch.tensor([[0.0, 5.0]]), limit=5)
     drawn = overlay(panel, width=40)
-    low, high = ((panel.colours.to_rgba([0.0, 5.0])[:, 2::-1] * 255 * 0.7 + 255 * 0.3)).round()
+    low, high = (panel.colours.to_rgba([0.0, 5.0])[:, 2::-1] * 255 * 0.7 + 255 * 0.3).round()
     assert drawn.shape == (20, 40, 3)
     np.testing.assert_allclose(drawn[10, 5], low, atol=1.5)
     np.testing.assert_allclose(drawn[10, 35], high, atol=1.5)
