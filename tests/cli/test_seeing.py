@@ -48,7 +48,7 @@ def error_of(main, argv, capsys) -> str:
 
 def test_visualize_draws_every_image_and_tap(trained, tmp_path, capsys):
     taught = trained / "taught"
-    argv = ["--config-file", taught / "config.yaml", "--weights", taught / "model_final.pth", "--num", 1]
+    argv = ["--config-file", taught / "config.yaml", "--num", 1]  # its weights lie beside it
     visualize.main([str(x) for x in [*argv, "--min-score", 0.1, "--output", tmp_path / "pictures"]])
     found = sorted(str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.png"))
     each = ["{}.png", "{}/detections.png", "{}/p3.png", "{}/res5.pre_activation.png"]
@@ -85,6 +85,12 @@ def test_visualize_says_what_is_wrong(trained, tmp_path, capsys, argv, message):
     base = ["--config-file", trained / "alone/config.yaml", "--weights", trained / "alone/model_final.pth"]
     assert message in error_of(visualize.main, [*base, "--output", tmp_path / "pictures", *argv], capsys)
     assert not (tmp_path / "pictures").exists()
+
+
+def test_visualize_without_weights_says_where_it_looked(trained, tmp_path, capsys):
+    shutil.copy(trained / "alone/config.yaml", tmp_path / "config.yaml")
+    error = error_of(visualize.main, ["--config-file", tmp_path / "config.yaml"], capsys)
+    assert f"there is no {tmp_path / 'model_final.pth'}" in error
 
 
 def test_compare_writes_tables_and_curves(trained, tmp_path, capsys):
