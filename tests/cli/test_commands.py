@@ -206,6 +206,19 @@ def test_the_console_script_is_quick_and_quiet():
     assert done.returncode == 1 and b"FutureWarning" in done.stderr
 
 
+@pytest.mark.parametrize("command", [["-m", "kd_det", "taps", "--help"], ["tools/list_taps.py", "--help"]])
+def test_every_way_to_a_command_is_as_quiet(command):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_importing_kd_det_leaves_the_filters_of_warnings_alone():
+    """Those of PyTorch and Detectron2, which it imports, are theirs."""
+    code = "import detectron2.engine, torchvision, sys, warnings; before = list(warnings.filters); import kd_det; "
+    code += "sys.exit(any('torch' in str(f) for f in warnings.filters if f not in before))"
+    assert not subprocess.run([sys.executable, "-c", code, "kd_det"], cwd=ROOT, capture_output=True).returncode
+
+
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     name = "configs/Quickstart/student_R_18_FPN.yaml"
     monkeypatch.chdir(tmp_path)
