@@ -103,6 +103,14 @@ OPTIONS = {
         ["KD.NON_FINITE", "ignore"],
         "KD.NON_FINITE must be one of stop, skip, found 'ignore'",
     ),
+    "best by masks of a box detector": (
+        ["KD.BEST_METRIC", "segm/AP", "TEST.EVAL_PERIOD", "2"],
+        "Unknown KD.BEST_METRIC 'segm/AP'. Valid names: bbox/AP, bbox/AP50, .*bbox/AP-2",
+    ),
+    "best of one of two data sets": (
+        ["KD.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", "2", "DATASETS.TEST", "('tiny','tiny')"],
+        "Unknown KD.BEST_METRIC 'bbox/AP'. Did you mean 'tiny/bbox/AP'",
+    ),
     # The taps.
     "unknown tap": (["KD.NST.STUDENT_TAPS", "('p9',)"], "Unknown tap of the student 'p9'"),
     "unknown teacher tap": (
@@ -246,6 +254,14 @@ def test_a_wrong_option(run, case):
     found = message_of(run, *options)
     assert re.search(message, found), found
     assert len(found) < 1000
+
+
+def test_a_best_metric_that_evaluation_gives(run):
+    for metric in ("bbox/AP", "bbox/APs", "bbox/AP-1"):
+        check(run, "KD.BEST_METRIC", metric, "TEST.EVAL_PERIOD", "2")
+    args = parse_arguments(argument_parser(), ["--config-file", str(run / "run.yaml"), "KD.BEST_METRIC", "mine"])
+    check_run(load_config(args), args)
+    assert any("TEST.EVAL_PERIOD 0" in warning for warning in args.warnings)
 
 
 def test_more_processes_than_the_batch_divides_by(run):
