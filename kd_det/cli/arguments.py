@@ -61,7 +61,8 @@ def _add_config_arguments(parser: argparse.ArgumentParser, *, teacher: bool = Tr
     group.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help=text)
     parser.set_defaults(teacher=None, teacher_weights="", losses=None)
     if teacher:
-        text = "a config file (yaml or LazyConfig), a model-zoo name, torchvision://NETWORK or timm://NETWORK"
+        text = "a config file (yaml or LazyConfig), a model-zoo name, torchvision://NETWORK, timm://NETWORK, "
+        text += "hf://NAME_OR_FOLDER, 'ema' (the student's own average), or SOURCE://NAME of a module of --import"
         group.add_argument("--teacher", metavar="NAME_OR_FILE", help=text)
         text = "default: the zoo entry's checkpoint, the library's weights, or those that the config file names"
         group.add_argument("--teacher-weights", metavar="FILE", default="", help=text)

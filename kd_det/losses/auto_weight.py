@@ -40,7 +40,7 @@ class AutoWeight:
         numbers = isinstance(self.share, (int, float)) and isinstance(self.batches, int)
         if not numbers or not 0 < self.share < math.inf or self.batches < 1:
             raise ValueError(
-                f"auto_weight must be a positive number and auto_weight_batches at least 1, found {self.share} and "
+                f"AUTO_WEIGHT must be a positive number and AUTO_WEIGHT_BATCHES at least 1, found {self.share} and "
                 f"{self.batches}."
             )
 
@@ -123,7 +123,7 @@ def measure_auto_weights(task: Tensor, values: Mapping[nn.Module, Tensor], stude
             raise UserError(
                 f"{loss.key} has no gradient at the parameters that the student's own losses train (taps in a frozen "
                 f"stage, MODEL.BACKBONE.FREEZE_AT? a loss that is not finite?), so its weight cannot set itself: set "
-                f"KD.{loss.name.upper()}.AUTO_WEIGHT 0.0, or other STUDENT_TAPS."
+                f"{loss.config_key('AUTO_WEIGHT')} to 0.0, or other STUDENT_TAPS."
             )
         if weight is not None:
             loss.weight = weight

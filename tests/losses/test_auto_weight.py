@@ -83,7 +83,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("share, batches", [(-1.0, 2), (float("inf"), 2), (float("nan"), 2), (0.5, 0)])
     def test_out_of_range(self, tmp_path, share, batches):
-        with pytest.raises(ValueError, match="NSTLoss: auto_weight must be a positive number and auto_weight_batches"):
+        with pytest.raises(ValueError, match="keys of KD.NST or of KD: AUTO_WEIGHT must be a positive"):
             build_model(auto_cfg(tmp_path, "NST", batches=batches, KD__AUTO_WEIGHT=share))
 
 

@@ -195,7 +195,9 @@ def test_a_folder_teaches_through_the_config(folder):
 
 def test_what_is_no_such_detector(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="transformers cannot load 'hf://no/such': .*connect"):
+    with pytest.raises(OSError, match="There is no folder 'no/such/folder' .*a folder that save_pretrained wrote"):
+        build_teacher(hf_cfg("no/such/folder"))  # at once: no hub is asked
+    with pytest.raises(ValueError, match="'hf://no/such', which is no folder here.* hub: .*connect"):
         build_teacher(hf_cfg("no/such"))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="transformers cannot load .*no file named model.safetensors"):
