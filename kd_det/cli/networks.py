@@ -175,9 +175,13 @@ def _changed_keys(default: CfgNode, cfg: CfgNode, prefix: str = "") -> dict[str,
         other = default.get(key, CfgNode() if isinstance(value, CfgNode) else "")
         if isinstance(value, CfgNode):
             ret |= _changed_keys(other, value, f"{prefix}{key}.")
-        elif str(value) != str(other):
+        elif str(_as_lists(value)) != str(_as_lists(other)):  # a yaml file has no tuples inside of tuples
             ret[prefix + key] = str(other), str(value)
     return ret
+
+
+def _as_lists(value):
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _leaves(value, prefix: str = "") -> dict[str, str]:

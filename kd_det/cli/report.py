@@ -99,9 +99,10 @@ def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
     load_strictly(model, run.weights, who="student")
     viewer = Viewer(model, input_format=networks.input_format)
     detections, attention, teacher = [], [], None
+    name = "student" if getattr(model, "teacher", None) is not None else "detector"
     for record in records[:FIRST_IMAGES]:
         sample = read_sample(mapper, record)
-        seen = viewer(sample)
+        seen = viewer(sample, name)
         teacher = seen.get("teacher")
         title = os.path.basename(record["file_name"])
         detections.append(Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels))
@@ -127,9 +128,10 @@ def _disagreements(mapper: Callable, viewer: Viewer, records: list[dict], metada
         theirs, own = (found_objects(record, seen[who].instances) for who in ("teacher", "student"))
         for headline, missed in ((TEACHER_RIGHT, theirs & ~own), (STUDENT_RIGHT, own & ~theirs)):
             if missed.any():
+                objects = f"{len(own)} object{'s' * (len(own) > 1)}"
                 title = (
-                    f"{os.path.basename(record['file_name'])}: of {len(own)} objects, the teacher finds "
-                    f"{int(theirs.sum())} and the student {int(own.sum())}"
+                    f"{os.path.basename(record['file_name'])}: of {objects}, the teacher finds {int(theirs.sum())} and "
+                    f"the student {int(own.sum())}"
                 )
                 row = Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels)
                 found[headline].append((int(missed.sum()), row))

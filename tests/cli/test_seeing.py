@@ -116,7 +116,7 @@ def test_runs_that_are_none(trained, tmp_path, capsys):
 class Page(HTMLParser):
     """Checks that tags are closed in order; collects what is linked, and the text."""
 
-    VOID = {"meta", "img", "br"}
+    VOID = {"meta", "img", "br", "wbr"}
 
     def __init__(self, text: str):
         super().__init__()
@@ -176,6 +176,13 @@ def test_a_report_of_a_folder_that_was_copied_alone(trained, tmp_path):
     config.unlink()
     report.main([str(tmp_path / "copy"), "--out", str(tmp_path / "report.html")])
     assert "Pictures are left out: the config" in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_names_a_plain_detector_and_its_changed_keys_only(page):
+    parsed = Page(page)
+    alone, taught = parsed.text.split("Config: ")[0], parsed.text.split("Config: ")[1]
+    assert "detector" in alone and "student\n" not in alone.split("folder")[1] and "student\n" in taught
+    assert "MODEL.ROI_BOX_CASCADE_HEAD" not in parsed.text  # a tuple of lists where the default has tuples
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")

@@ -121,7 +121,9 @@ def test_the_report_has_pictures_command_and_config(trained, tmp_path):
     page = page_of(trained / "taught", tmp_path)
     assert "left out" not in page and "Attention" in page and "Detections" in page
     assert "not compared" not in page
-    assert "<h3>Command</h3>" in page and "dataloader.test.mapper.augmentations.0.short_edge_length" in page
+    assert "<h3>Command</h3>" in page
+    assert "dataloader.test.mapper.augmentations.0.short_edge_length" in page.replace("<wbr>", "")
+    assert "<th>default</th>" not in page  # a LazyConfig has none
 
 
 def test_a_teacher_that_is_gone_leaves_the_student(trained, tmp_path):
