@@ -149,7 +149,7 @@ def is_lazy_config(path: str) -> bool:
         return True
     try:
         text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError):  # no file, which whoever reads it will tell
+    except (OSError, ValueError):  # no file, or none of text, which whoever reads it will tell
         return False
     return bool(re.search(r"^model:.*?_target_:", text, re.MULTILINE | re.DOTALL))
 

@@ -121,7 +121,7 @@ class LazyNetworks:
         return model.to(usable_device(self.cfg.train.get("device", "cuda"), is_given=False)).eval()
 
     def student_key(self) -> str:
-        return OmegaConf.to_yaml(plain_student(self.cfg.model))
+        return str(OmegaConf.to_container(plain_student(self.cfg.model)))
 
     def build_student(self) -> nn.Module:
         return instantiate_lazy(plain_student(self.cfg.model), path=self.path, what="The model").eval()

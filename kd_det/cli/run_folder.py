@@ -13,7 +13,7 @@ from torch import nn
 
 from kd_det.cli.arguments import config_parser, parse_arguments
 from kd_det.cli.networks import LazyNetworks, YamlNetworks, open_networks
-from kd_det.errors import UserError
+from kd_det.errors import UserError, one_line
 from kd_det.visualization.history import History, read_history
 from kd_det.visualization.tables import RunSummary
 
@@ -90,11 +90,13 @@ def summarize(name: str, runs: list[RunFolder]) -> RunSummary:
             if "/" in key:
                 scores.setdefault(key, []).append(value)
     times = [value for run in runs for value in run.history.values.get("time", {}).values()]
+    size, weights = (None, None), {}
     try:
         networks = runs[0].networks
-        weights, size = networks.loss_weights(runs[0].history), _size(networks)
-    except (KeyError, OSError, RuntimeError, ValueError):  # no config, a project that is not there, no way to count
-        size, weights = (None, None), {}
+        weights = networks.loss_weights(runs[0].history)
+        size = _size(networks)
+    except (KeyError, OSError, RuntimeError, ValueError) as e:  # no config, no project, no way to count
+        print(f"{name}: its row is left incomplete: {one_line(e)}")
     steps, seconds = max(run.steps for run in runs), statistics.median(times) if times else None
     return RunSummary(name, steps, scores, *size, seconds=seconds, weights=weights)
 

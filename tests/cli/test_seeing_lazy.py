@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 
 import pytest
 import torch
@@ -153,6 +154,15 @@ def test_what_the_yaml_of_a_lazy_config_lacks(trained, tmp_path, capsys):
         error = capsys.readouterr().err
         assert re.search(message, error.replace("\n", " ")), error
     assert not (tmp_path / "pictures").exists()
+
+
+def test_compare_says_what_it_leaves_out(trained, tmp_path, capsys):
+    copied = tmp_path / "copy"
+    shutil.copytree(trained / "alone", copied)
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("tests.tiny.tiny_fcos", "builtins.my_detector"))
+    compare.main([str(copied), "--output", str(tmp_path / "out")])
+    assert re.search("copy: its row is left incomplete: .*my_detector.* the .py file", capsys.readouterr().out)
 
 
 def test_the_yaml_in_the_folder_serves_other_commands(trained, tmp_path):
