@@ -5,6 +5,13 @@ Importing this registers the ``Distiller`` and ``ImageClassifier`` meta-architec
 registries. It changes no default of Detectron2, registers no data set and reads no file.
 """
 
+import sys
+
+# ``python -m kd_det`` imports this before its __main__, and a process that a command spawned before anything else: they
+# are as quiet as kd-det. Whoever imports kd_det keeps the filters of warnings that they have.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__ or "".join(sys.argv[:1]).startswith("kd-det "):
+    import kd_det_command  # noqa: F401
+
 import kd_det.classification.gradient_attention  # noqa: F401  registers GradientAttentionLoss
 import kd_det.classification.networks  # noqa: F401  registers ImageClassifier and NetworkClassifier
 from kd_det.config import add_kd_config, add_loss_config

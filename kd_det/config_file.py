@@ -14,19 +14,22 @@ import sys
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kd_det.compat import model_zoo
-from kd_det.errors import IMPORT_HINT, one_line, unknown_name
+from kd_det.errors import IMPORT_HINT, UserError, one_line, unknown_name
 
 __all__ = [
     "add_missing_keys",
     "check_lazy_key",
     "find_config",
     "import_project",
+    "instantiate_lazy",
+    "is_lazy_config",
     "merge_config_file",
     "merge_options",
     "read_lazy_config",
@@ -61,8 +64,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """
     if "://" in path:
         raise ValueError(f"the config {path} is a URL, and Detectron2 reads configs from files: download it first")
-    if path.endswith(".py"):
-        raise ValueError(f"the config {path} is a LazyConfig, expected a yaml file; see kd-det lazy-train")
+    if is_lazy_config(path):
+        raise ValueError(f"the config {path} is a LazyConfig, expected one of yacs (yaml); see kd-det lazy-train")
     try:
         content = _SafeReader.load_yaml_with_base(path)
     except RecursionError:
@@ -140,9 +143,20 @@ def add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
             add_missing_keys(cfg[key], value)
 
 
+def is_lazy_config(path: str) -> bool:
+    """Whether a file is a LazyConfig: a .py, or the yaml that a training of one leaves in its folder."""
+    if path.endswith(".py"):
+        return True
+    try:
+        text = Path(path).read_text()
+    except (OSError, ValueError):  # no file, or none of text, which whoever reads it will tell
+        return False
+    return bool(re.search(r"^model:.*?_target_:", text, re.MULTILINE | re.DOTALL))
+
+
 def read_lazy_config(path: str) -> DictConfig:
     """
-    ``LazyConfig.load(path)``. The file is run.
+    ``LazyConfig.load(path)``. The file is run: also in yaml, it names what is called.
 
     Raises:
         OSError: it cannot be read.
@@ -155,7 +169,28 @@ def read_lazy_config(path: str) -> DictConfig:
     except (ModuleNotFoundError, SyntaxError) as e:
         raise ValueError(f"{path}: {one_line(e)}" + f" {IMPORT_HINT}" * isinstance(e, ImportError)) from e
     except Exception as e:  # whatever a program may raise
-        raise ValueError(f"{path} fails with {type(e).__name__}: {one_line(e)}") from e
+        raise ValueError(f"{path} fails with {type(e).__name__}: {one_line(e)}{_py_hint(path)}") from e
+
+
+# What building something from wrong arguments raises.
+_MISBUILT = (AssertionError, AttributeError, ImportError, LookupError, OmegaConfBaseException, RuntimeError, TypeError)
+
+
+def instantiate_lazy(config: DictConfig, *, path: str, what: str):
+    """
+    What a node of the LazyConfig ``path`` describes, built; ``what`` is what the ``UserError`` calls it, if it cannot
+    be.
+    """
+    try:
+        return instantiate(config)
+    except _MISBUILT as e:
+        raise UserError(f"{what} of {path} cannot be built: {type(e).__name__}: {one_line(e)}{_py_hint(path)}") from e
+
+
+def _py_hint(path: str) -> str:
+    """What the yaml of a LazyConfig cannot hold is in the file that it was made from."""
+    is_python = path.endswith(".py")
+    return "" if is_python else " (The LazyConfig that was trained, the .py file, may hold what its yaml does not.)"
 
 
 def check_lazy_key(cfg: DictConfig, key: str, *, where: str) -> None:

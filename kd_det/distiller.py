@@ -26,7 +26,7 @@ from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
 from kd_det.teachers.ensemble import AveragedTeacher, OtherTeacher, TeacherAverage, run_teacher
 from kd_det.teachers.feature_teacher import FeatureTeacher
-from kd_det.teachers.runner import Teacher, TeacherMaps, check_teacher, padded_images
+from kd_det.teachers.runner import Teacher, TeacherMaps, check_teacher, padded_images, without_sizes
 from kd_det.teaching import (
     build_teachers_and_losses,
     check_teaching,
@@ -271,7 +271,7 @@ class Distiller(nn.Module):
             raise ValueError("An unlabelled image has no 'instances', and pseudo-labels are not the teacher's.")
         name, teacher = next(iter(self._teachers.items()))
         images = padded_images(self.student, batched_inputs)  # the canvas on which the student will see them
-        maps = teacher(batched_inputs, self.device, images, detects=True)
+        maps = teacher(without_sizes(batched_inputs), self.device, images, detects=True)
         return self._pseudo_labels(batched_inputs, maps.detections), {name: maps}
 
     def _compare(

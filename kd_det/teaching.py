@@ -94,7 +94,7 @@ def check_teaching(loss: DistillationLoss, teachers: Sequence[nn.Module]) -> Non
     if loss.auto is not None and hasattr(teachers[0], "ema_decay"):
         raise ValueError(
             f"{loss.key}: the student's average begins as the student, where the gradient is 0 and sets no weight: set "
-            f"KD.{loss.name.upper()}.AUTO_WEIGHT 0.0 and a WEIGHT."
+            f"{loss.config_key('AUTO_WEIGHT')} to 0.0, and a WEIGHT."
         )
 
 

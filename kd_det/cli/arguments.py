@@ -10,12 +10,20 @@ from detectron2.engine import default_argument_parser
 from kd_det.classification import data as classification_data
 from kd_det.cli.teacher import name_teacher
 from kd_det.config import add_kd_config
-from kd_det.config_file import find_config, import_project, merge_config_file, merge_options
+from kd_det.config_file import find_config, import_project, is_lazy_config, merge_config_file, merge_options
 from kd_det.errors import UserError
 from kd_det.quickstart import register as digits
 from kd_det.student import student_cfg
 
-__all__ = ["argument_parser", "config_parser", "describe", "is_lazy", "load_config", "parse_arguments"]
+__all__ = [
+    "argument_parser",
+    "config_parser",
+    "describe",
+    "is_lazy",
+    "load_config",
+    "parse_arguments",
+    "usable_device",
+]
 
 
 def describe(parser: argparse.ArgumentParser, text: str | None) -> argparse.ArgumentParser:
@@ -38,7 +46,7 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
 def config_parser(description: str, *, teacher: bool = True) -> argparse.ArgumentParser:
     """The arguments of a tool that reads the config of a training and trains nothing."""
     parser = describe(argparse.ArgumentParser(), description)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="a yaml config, or a LazyConfig (.py)")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a yaml config, or a LazyConfig")
     _add_config_arguments(parser, teacher=teacher)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
     # What a training's command line has besides; these tools write nothing into OUTPUT_DIR.
@@ -53,7 +61,8 @@ def _add_config_arguments(parser: argparse.ArgumentParser, *, teacher: bool = Tr
     group.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help=text)
     parser.set_defaults(teacher=None, teacher_weights="", losses=None)
     if teacher:
-        text = "a config file (yaml or LazyConfig), a model-zoo name, torchvision://NETWORK or timm://NETWORK"
+        text = "a config file (yaml or LazyConfig), a model-zoo name, torchvision://NETWORK, timm://NETWORK, "
+        text += "hf://NAME_OR_FOLDER, 'ema' (the student's own average), or SOURCE://NAME of a module of --import"
         group.add_argument("--teacher", metavar="NAME_OR_FILE", help=text)
         text = "default: the zoo entry's checkpoint, the library's weights, or those that the config file names"
         group.add_argument("--teacher-weights", metavar="FILE", default="", help=text)
@@ -88,7 +97,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv=None) -> argparse.Name
 
 def is_lazy(args: argparse.Namespace) -> bool:
     """Whether the config is a LazyConfig; its options are ``KEY=VALUE``."""
-    return args.config_file.endswith(".py")
+    return is_lazy_config(args.config_file)
 
 
 def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
@@ -129,14 +138,14 @@ def load_config(args: argparse.Namespace, *add_configs) -> CfgNode:
     digits.register_builtin()
     classification_data.register_builtin()
     classification_data.register_configured(cfg)
-    cfg.MODEL.DEVICE = _usable_device(cfg.MODEL.DEVICE, is_given="MODEL.DEVICE" in args.opts)
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE, is_given="MODEL.DEVICE" in args.opts)
     if args.eval_only:
         cfg.MODEL.TIMM.WEIGHTS = ""  # MODEL.WEIGHTS has them all; timm's may be out of reach
     cfg.freeze()
     return student_cfg(cfg) if args.eval_only else cfg
 
 
-def _usable_device(name: str, *, is_given: bool) -> str:
+def usable_device(name: str, *, is_given: bool) -> str:
     """The device, or "cpu" where it is Detectron2's default "cuda", nobody named it, and there is no GPU."""
     try:
         device = torch.device(name)

@@ -9,6 +9,8 @@ Train or evaluate from a LazyConfig file: Detectron2's tools/lazyconfig_train_ne
 import argparse
 import logging
 import os
+import shlex
+import sys
 
 import torch
 from detectron2.config import instantiate
@@ -71,14 +73,16 @@ def _train(cfg: DictConfig, *, config_file: str, resume: bool):
     trainer.train(trainer.iter + 1 if resumes else 0, cfg.train.max_iter)
     weights = os.path.join(cfg.train.output_dir, "model_final.pth")
     export = f"kd-det export --config-file {config_file} --weights {weights} --output exported"
-    logging.getLogger("kd_det").info(f"Wrote {weights}. Next:\n  {export}")
+    report = f"kd-det report {cfg.train.output_dir}"
+    logging.getLogger("kd_det").info(f"Wrote {weights}. Next:\n  {export}\n  {report}")
 
 
 def _process(args: argparse.Namespace):
     cfg = load_lazy_config(args)
     remove_earlier_run(cfg.train.output_dir, args)
     default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
+    logger = setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_det")
+    logger.info(f"Command: {sys.argv[0]} {shlex.join(sys.argv[1:])}")
     if not args.eval_only:
         return _train(cfg, config_file=args.config_file, resume=args.resume)
     model = instantiate(plain_student(cfg.model)).to(cfg.train.device)

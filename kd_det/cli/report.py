@@ -12,24 +12,18 @@ import argparse
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata
-from detectron2.modeling import build_model
 from tqdm import tqdm
 
-from kd_det.classification.trainer import is_classifier
 from kd_det.cli.arguments import describe
 from kd_det.cli.compare import add_runs
 from kd_det.cli.run_folder import RunFolder, open_runs, summarize
 from kd_det.cli.run_tool import run_tool
-from kd_det.cli.visualize import load_records
-from kd_det.config import add_kd_config
 from kd_det.errors import UserError, one_line
-from kd_det.study.run_config import used_config
 from kd_det.visualization import ReportedRun, Row, Viewer, attention_row, detections_row, read_sample, render_report
 from kd_det.visualization.detections import found_objects
 from kd_det.visualization.tables import table_cells
@@ -75,9 +69,7 @@ def _describe(name: str, run: RunFolder, num_images: int) -> ReportedRun:
     if not run.log:
         ret.left_out.append("Command and versions are left out: the folder has no log.txt.")
     try:
-        default = get_cfg()
-        add_kd_config(default)
-        ret.config = changed_keys(default, used_config(run.cfg))
+        ret.config = run.networks.changed_keys()
         _add_pictures(ret, run, num_images)
     except (KeyError, OSError, ValueError) as e:  # KeyError: a backbone of a project that is not imported
         ret.left_out.append(f"Pictures are left out: {one_line(e)}")
@@ -96,34 +88,21 @@ def _facts(run: RunFolder) -> dict[str, str]:
     return ret
 
 
-def changed_keys(default: CfgNode, cfg: CfgNode, prefix: str = "") -> dict[str, tuple[str, str]]:
-    """The keys of a config that differ from another one's: there and here."""
-    ret = {}
-    for key, value in cfg.items():
-        other = default.get(key, CfgNode() if isinstance(value, CfgNode) else "")
-        if isinstance(value, CfgNode):
-            ret |= changed_keys(other, value, f"{prefix}{key}.")
-        elif str(value) != str(other):
-            ret[prefix + key] = str(other), str(value)
-    return ret
-
-
 def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
-    cfg = run.cfg
-    if is_classifier(cfg):
+    networks = run.networks
+    if networks.is_classifier:
         raise UserError("they are drawn of detectors only.")
     if not os.path.isfile(run.weights):
         raise UserError(f"there is no {run.weights}.")
-    if not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty.")
-    records, metadata = load_records(cfg.DATASETS.TEST[0])
-    model = build_model(cfg).eval()
+    records, metadata = networks.records()
+    mapper, model = networks.mapper(), networks.build()
     load_strictly(model, run.weights, who="student")
-    viewer = Viewer(model, input_format=cfg.INPUT.FORMAT)
+    viewer = Viewer(model, input_format=networks.input_format)
     detections, attention, teacher = [], [], None
+    name = "student" if getattr(model, "teacher", None) is not None else "detector"
     for record in records[:FIRST_IMAGES]:
-        sample = read_sample(cfg, record)
-        seen = viewer(sample)
+        sample = read_sample(mapper, record)
+        seen = viewer(sample, name)
         teacher = seen.get("teacher")
         title = os.path.basename(record["file_name"])
         detections.append(Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels))
@@ -132,7 +111,7 @@ def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
             rows = [Row("attention", [replace(row.panels[0], title=row.title) for row in rows])]
         attention += [Row(f"{title}: {row.title}", row.panels) for row in rows]
     if teacher is not None and teacher.instances is not None:
-        page.pictures |= _disagreements(cfg, viewer, records[:num_images], metadata)
+        page.pictures |= _disagreements(mapper, viewer, records[:num_images], metadata)
     else:
         missing = getattr(model, "missing_teacher", None)
         reason = one_line(missing) if missing else "the run has no teacher that detects."
@@ -140,18 +119,19 @@ def _add_pictures(page: ReportedRun, run: RunFolder, num_images: int) -> None:
     page.pictures |= {"Detections": detections, "Attention": attention}
 
 
-def _disagreements(cfg: CfgNode, viewer: Viewer, records: list[dict], metadata: Metadata) -> dict[str, list[Row]]:
+def _disagreements(mapper: Callable, viewer: Viewer, records: list[dict], metadata: Metadata) -> dict[str, list[Row]]:
     """The images with the most objects that one of the two networks finds and the other misses, by headline."""
     found: dict[str, list[tuple[int, Row]]] = {TEACHER_RIGHT: [], STUDENT_RIGHT: []}
     for record in tqdm(records, "teacher and student", unit="image", disable=None):
-        sample = read_sample(cfg, record)
+        sample = read_sample(mapper, record)
         seen = viewer(sample)
         theirs, own = (found_objects(record, seen[who].instances) for who in ("teacher", "student"))
         for headline, missed in ((TEACHER_RIGHT, theirs & ~own), (STUDENT_RIGHT, own & ~theirs)):
             if missed.any():
+                objects = f"{len(own)} object{'s' * (len(own) > 1)}"
                 title = (
-                    f"{os.path.basename(record['file_name'])}: of {len(own)} objects, the teacher finds "
-                    f"{int(theirs.sum())} and the student {int(own.sum())}"
+                    f"{os.path.basename(record['file_name'])}: of {objects}, the teacher finds {int(theirs.sum())} and "
+                    f"the student {int(own.sum())}"
                 )
                 row = Row(title, detections_row(sample, seen, metadata, width=WIDTH).panels)
                 found[headline].append((int(missed.sum()), row))

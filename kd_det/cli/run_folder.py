@@ -8,16 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
-from kd_det.cli.arguments import config_parser, load_config, parse_arguments
-from kd_det.errors import UserError
-from kd_det.features.tap_table import input_size
-from kd_det.losses.build import enabled_loss_classes
-from kd_det.student import student_cfg
+from kd_det.cli.arguments import config_parser, parse_arguments
+from kd_det.cli.networks import LazyNetworks, YamlNetworks, open_networks
+from kd_det.errors import UserError, one_line
 from kd_det.visualization.history import History, read_history
 from kd_det.visualization.tables import RunSummary
 
@@ -29,10 +25,10 @@ class RunFolder:
     path: str
 
     @functools.cached_property
-    def cfg(self) -> CfgNode:
-        """Its config; ``ValueError`` or ``OSError`` for a file that is not there or not a config of kd_det."""
+    def networks(self) -> YamlNetworks | LazyNetworks:
+        """Its config's; ``ValueError`` or ``OSError`` for a file that is not there or not a config of kd_det."""
         argv = ["--config-file", os.path.join(self.path, "config.yaml")]
-        return load_config(parse_arguments(config_parser(""), argv))
+        return open_networks(parse_arguments(config_parser(""), argv))
 
     @functools.cached_property
     def history(self) -> History:
@@ -60,10 +56,6 @@ class RunFolder:
         """What the group of a pattern last matched in the log, empty without."""
         found = re.findall(pattern, self.log, re.MULTILINE)
         return found[-1] if found else ""
-
-    def loss_weights(self) -> dict[str, float]:
-        losses = enabled_loss_classes(self.cfg) if self.cfg.MODEL.META_ARCHITECTURE == "Distiller" else []
-        return {loss.__name__.removesuffix("Loss"): self.cfg.KD[loss.name.upper()].WEIGHT for loss in losses}
 
 
 def open_runs(specs: Iterable[str]) -> dict[str, list[RunFolder]]:
@@ -98,10 +90,13 @@ def summarize(name: str, runs: list[RunFolder]) -> RunSummary:
             if "/" in key:
                 scores.setdefault(key, []).append(value)
     times = [value for run in runs for value in run.history.values.get("time", {}).values()]
+    size, weights = (None, None), {}
     try:
-        size, weights = _size(student_cfg(runs[0].cfg).dump(), runs[0]), runs[0].loss_weights()
-    except (KeyError, OSError, RuntimeError, ValueError):  # no config, a project that is not there, no way to count
-        size, weights = (None, None), {}
+        networks = runs[0].networks
+        weights = networks.loss_weights(runs[0].history)
+        size = _size(networks)
+    except (KeyError, OSError, RuntimeError, ValueError) as e:  # no config, no project, no way to count
+        print(f"{name}: its row is left incomplete: {one_line(e)}")
     steps, seconds = max(run.steps for run in runs), statistics.median(times) if times else None
     return RunSummary(name, steps, scores, *size, seconds=seconds, weights=weights)
 
@@ -109,14 +104,12 @@ def summarize(name: str, runs: list[RunFolder]) -> RunSummary:
 _sizes: dict[str, tuple[int, float]] = {}
 
 
-def _size(key: str, run: RunFolder) -> tuple[int, float]:
+def _size(networks: YamlNetworks | LazyNetworks) -> tuple[int, float]:
     """Parameters and FLOPs of the plain student, counted once for all runs of one student."""
+    key = networks.student_key()
     if key not in _sizes:
-        cfg = run.cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE, cfg.MODEL.TIMM.WEIGHTS = "cpu", ""
-        model = build_model(student_cfg(cfg)).eval()
-        _sizes[key] = sum(p.numel() for p in model.parameters()), count_flops(model, input_size(cfg))
+        model = networks.build_student()
+        _sizes[key] = sum(p.numel() for p in model.parameters()), count_flops(model, networks.image_size())
     return _sizes[key]
 
 

@@ -13,14 +13,13 @@ import argparse
 from torch import nn
 
 from kd_det.cli.arguments import config_parser, is_lazy, load_config, parse_arguments
-from kd_det.cli.lazy_config import load_lazy_config, networks
+from kd_det.cli.lazy_config import LAZY_SIZE, load_lazy_config, networks
 from kd_det.cli.run_tool import run_tool
 from kd_det.features.tap_table import format_taps, input_size, list_taps
 from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
 
 UNREAD = "not read"  # a teacher's config without weights is refused elsewhere
-LAZY_SIZE = (800, 1333)
 
 
 def _networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], tuple[int, int]]:

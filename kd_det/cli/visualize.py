@@ -2,8 +2,8 @@
 Draw what a student learned: detections, attention maps of teacher and student before and after training, the channels
 that single out the fewest positions, and OFD's margins; one picture for each image and tap, and sheets of them all.
 
-    kd-det visualize --config-file output/config.yaml --weights output/model_final.pth --num 4 --output pictures
-    kd-det visualize --config-file output/config.yaml --weights output/model_final.pth --images a.jpg --taps p3 p4
+    kd-det visualize --config-file output/config.yaml --num 4 --output pictures
+    kd-det visualize --config-file output/config.yaml --weights output/model_best.pth --images a.jpg --taps p3 p4
     kd-det visualize --config-file mine.yaml --weights new.pth --before old.pth
 
 The losses' taps are drawn, and for a config without losses, the backbone's levels.
@@ -15,16 +15,13 @@ import os
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
+from detectron2.data import DatasetMapper, Metadata
 from torch import nn
 from tqdm import tqdm
 
-from kd_det.classification.trainer import is_classifier
-from kd_det.cli.arguments import config_parser, is_lazy, load_config, parse_arguments
+from kd_det.cli.arguments import config_parser, parse_arguments
+from kd_det.cli.networks import LazyNetworks, YamlNetworks, load_records, open_networks
 from kd_det.cli.run_tool import run_tool
-from kd_det.data import check_dataset
 from kd_det.errors import UserError, one_line
 from kd_det.random_state import preserved_random_state
 from kd_det.visualization import (
@@ -43,46 +40,35 @@ from kd_det.weights.strict import load_strictly
 HOOK_IMAGES = 2  # drawn every VIS_PERIOD
 
 
-def load_records(name: str) -> tuple[list[dict], Metadata]:
-    """A data set's dicts and metadata; a ``DatasetError`` that says why if it cannot be loaded."""
-    try:
-        return DatasetCatalog.get(name), MetadataCatalog.get(name)
-    except Exception:  # loaders fail in every way, and the check knows why
-        check_dataset(name)
-        raise
-
-
 def visualization_hook(cfg: CfgNode, model: nn.Module) -> VisualizationHook:
     """The hook of a run with ``VIS_PERIOD``, with the first images that are tested on (without any, trained on)."""
     records, metadata = load_records([*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN][0])
     with preserved_random_state():  # Detectron2's resizing draws a size, of one
-        samples = [read_sample(cfg, record) for record in records[:HOOK_IMAGES]]
+        mapper = DatasetMapper(cfg, is_train=False)
+        samples = [read_sample(mapper, record) for record in records[:HOOK_IMAGES]]
     return VisualizationHook(model, samples, metadata, period=cfg.VIS_PERIOD, input_format=cfg.INPUT.FORMAT)
 
 
 def _visualize(args: argparse.Namespace) -> None:
-    if is_lazy(args):
-        raise UserError("kd-det visualize reads yaml configs; in Python, kd_det.visualization.Viewer takes any model")
-    cfg = load_config(args)
-    if is_classifier(cfg):
+    networks = open_networks(args)
+    if networks.is_classifier:
         raise UserError("kd-det visualize draws detectors, and this config is a classifier's")
-    records, metadata = _images(cfg, args)
-    if cfg.SEED >= 0:
-        seed_all_rng(cfg.SEED)  # as training does before it builds the student
-    model = build_model(cfg).eval()
+    weights = args.weights or _final_weights(args.config_file)
+    records, metadata = _images(networks, args)
+    mapper, model = networks.mapper(), networks.build()
     if getattr(model, "missing_teacher", None):
         print(f"without the teacher: {one_line(model.missing_teacher)}")
-    viewer = Viewer(model, input_format=cfg.INPUT.FORMAT, pairs=[(tap, tap) for tap in args.taps])
-    samples = [read_sample(cfg, record) for record in records]
+    viewer = Viewer(model, input_format=networks.input_format, pairs=[(tap, tap) for tap in args.taps])
+    samples = [read_sample(mapper, record) for record in records]
     seen: list[dict] = [{} for _ in samples]
-    for name, weights in (("student before", args.before), ("student", args.weights)):
+    for name, path in (("student before", args.before), ("student", weights)):
         try:
-            if weights:
-                load_strictly(model, weights, who=name)
-            else:  # as training does, which leaves what MODEL.WEIGHTS lacks
-                SafeCheckpointer(model, save_to_disk=False).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+            if path:
+                load_strictly(model, path, who=name)
+            else:  # as training does, which leaves what the file lacks
+                SafeCheckpointer(model, save_to_disk=False).resume_or_load(networks.initial_weights, resume=False)
         except (OSError, ValueError) as e:
-            if weights:
+            if path:
                 raise
             print(f"without the student before training: {one_line(e)}")
             continue
@@ -111,22 +97,31 @@ def _visualize(args: argparse.Namespace) -> None:
     print(f"{args.output}: {len(samples)} images, {len(viewer.pairs)} taps; start with contact_sheet.png")
 
 
-def _images(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[dict], Metadata]:
+def _final_weights(config_file: str) -> str:
+    """Those that a training has left beside its config."""
+    path = os.path.join(os.path.dirname(config_file), "model_final.pth")
+    if not os.path.isfile(path):
+        raise UserError(f"--weights is missing, and beside the config there is no {path}")
+    return path
+
+
+def _images(networks: YamlNetworks | LazyNetworks, args: argparse.Namespace) -> tuple[list[dict], Metadata]:
     """The images to draw, and the metadata of their classes; without a data set, classes are numbers."""
     if args.num < 1:
         raise UserError(f"--num must be at least 1, found {args.num}")
     if not args.images:
-        if not cfg.DATASETS.TEST:
-            raise UserError("DATASETS.TEST is empty: name images by --images")
-        records, metadata = load_records(cfg.DATASETS.TEST[0])
+        try:
+            records, metadata = networks.records()
+        except UserError as e:
+            raise UserError(f"{e}: name images by --images") from None
         return records[: args.num], metadata
     for path in args.images:
         if not os.path.isfile(path):
             raise UserError(f"--images: {path} does not exist")
     records = [{"file_name": path} for path in args.images]
     try:
-        return records, load_records(cfg.DATASETS.TEST[0])[1]
-    except (IndexError, OSError, ValueError):
+        return records, networks.records()[1]
+    except (OSError, ValueError):
         return records, Metadata()
 
 
@@ -138,8 +133,9 @@ def _write(folder: str, name: str, pictures: list[np.ndarray]) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = config_parser(__doc__)
-    parser.add_argument("--weights", required=True, metavar="FILE", help="the student's")
-    text = "its weights before; default: MODEL.WEIGHTS, and by SEED what that lacks, as training began"
+    text = "the student's; default: model_final.pth beside the config, where a training has left both"
+    parser.add_argument("--weights", metavar="FILE", help=text)
+    text = "its weights before; default: the config's, and by its seed what they lack, as training began"
     parser.add_argument("--before", metavar="FILE", help=text)
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="default: the first of DATASETS.TEST")
     parser.add_argument("--num", type=int, default=8, help="how many of DATASETS.TEST, default %(default)s")

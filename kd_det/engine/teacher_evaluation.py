@@ -57,8 +57,8 @@ class TeacherDetector(nn.Module):
         self._match = _match(teacher, list(classes), class_map)
 
     def forward(self, batched_inputs: List[Dict]) -> List[Dict]:
-        canvas = tuple(padded_images(self.student, batched_inputs).shape[-2:])
-        outputs = self.runner.detect(batched_inputs, canvas)
+        images = padded_images(self.student, batched_inputs)
+        outputs = self.runner(batched_inputs, images.device, images, detects=True).detections
         for output in outputs if self._match is not None else ():
             found = output["instances"]
             found.pred_classes = self._match.to(found.pred_classes.device).of_student(found.pred_classes)

@@ -40,7 +40,7 @@ class AutoWeight:
         numbers = isinstance(self.share, (int, float)) and isinstance(self.batches, int)
         if not numbers or not 0 < self.share < math.inf or self.batches < 1:
             raise ValueError(
-                f"auto_weight must be a positive number and auto_weight_batches at least 1, found {self.share} and "
+                f"AUTO_WEIGHT must be a positive number and AUTO_WEIGHT_BATCHES at least 1, found {self.share} and "
                 f"{self.batches}."
             )
 
@@ -74,6 +74,9 @@ def gradient_sizes(task: Tensor, losses: Sequence[Tensor], parameters: Iterable[
     Returns:
         (1 + L, 3), first the task's row: the gradient's L2 norm, its cosine with the task's gradient, and 1 where it
         reaches any of the parameters, else 0.
+
+    Raises:
+        UserError: a compiled network whose backward reuses its buffers, as torch.compile builds it for several sizes.
     """
     device = task.device.type
     in_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
@@ -123,7 +126,7 @@ def measure_auto_weights(task: Tensor, values: Mapping[nn.Module, Tensor], stude
             raise UserError(
                 f"{loss.key} has no gradient at the parameters that the student's own losses train (taps in a frozen "
                 f"stage, MODEL.BACKBONE.FREEZE_AT? a loss that is not finite?), so its weight cannot set itself: set "
-                f"KD.{loss.name.upper()}.AUTO_WEIGHT 0.0, or other STUDENT_TAPS."
+                f"{loss.config_key('AUTO_WEIGHT')} to 0.0, or other STUDENT_TAPS."
             )
         if weight is not None:
             loss.weight = weight
@@ -139,5 +142,14 @@ def _gradients(loss: Tensor, parameters: Iterable[Tensor]) -> dict[Tensor, Tenso
     parameters = list(parameters)
     if not loss.requires_grad or not parameters:
         return {}
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    try:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as e:
+        if "donated buffer" not in str(e):
+            raise
+        raise UserError(
+            "Each loss is differentiated by itself (KD.AUTO_WEIGHT), and torch.compile has built a backward that runs "
+            "once a step: set torch._functorch.config.donated_buffer = False before the first step, or AUTO_WEIGHT 0.0 "
+            "and a WEIGHT, which kd-det weights proposes."
+        ) from e
     return {parameter: g for parameter, g in zip(parameters, gradients, strict=True) if g is not None}

@@ -104,7 +104,7 @@ class DistillationLoss(nn.Module):
             self.schedule = Schedule(warmup_iters, stop_iter, decay, decay_start)
             self.auto = AutoWeight(auto_weight, auto_weight_batches) if auto_weight else None
         except ValueError as e:
-            raise ValueError(f"{type(self).__name__}: {e}") from None
+            raise ValueError(f"{type(self).__name__}, keys of KD.{self.name.upper()} or of KD: {e}") from None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> Dict:
@@ -131,6 +131,11 @@ class DistillationLoss(nn.Module):
     def key(self) -> str:
         return f"loss_{self.label}"
 
+    def config_key(self, key: str) -> str:
+        """What messages call one of its config keys, for a further teacher's loss with the place where it stands."""
+        where = f" (in LOSS_OPTS of the teacher {self.teacher_name!r} in KD.TEACHERS)" if self.teacher_name else ""
+        return f"KD.{self.name.upper()}.{key}{where}"
+
     def factor(self, iteration: int) -> float:
         """The factor of this loss in the total at an iteration."""
         return self.weight * self.schedule.factor(iteration)
@@ -146,7 +151,7 @@ class DistillationLoss(nn.Module):
         if self.needs_taps and not self.needs_regions and not self.branch and not self.student_taps:
             raise ValueError(
                 f"{type(self).__name__} compares maps and has no taps: name at least one place in "
-                f"KD.{self.name.upper()}.STUDENT_TAPS, such as 'p3'."
+                f"{self.config_key('STUDENT_TAPS')}, such as 'p3'."
             )
         per_region = [
             tap for tap in dict.fromkeys(self.student_taps + self.teacher_taps) if tap.startswith("roi_heads.")

@@ -33,9 +33,9 @@ class RegionsLoss(DistillationLoss):
         """
         super().__init__(**kwargs)
         if regions not in REGIONS:
-            raise ValueError(f"{type(self).__name__}: {unknown_name('regions', regions, REGIONS)}")
+            raise ValueError(unknown_name(self.config_key("REGIONS"), regions, REGIONS))
         if not isinstance(foreground_share, (int, float)) or not 0 <= foreground_share <= 1:
-            raise ValueError(f"{type(self).__name__}: foreground_share must be in 0 to 1, found {foreground_share}.")
+            raise ValueError(f"{self.config_key('FOREGROUND_SHARE')} must be in 0 to 1, found {foreground_share}.")
         self.regions, self.foreground_share = regions, foreground_share
         self.needs_proposals = regions == "proposals"
         self.needs_labels = regions not in ("all", "proposals")
@@ -51,7 +51,7 @@ class RegionsLoss(DistillationLoss):
         # Students of the pretraining stage alone have this attribute; their images have a label at most, and no boxes.
         if self.regions != "all" and hasattr(student, "needs_labels"):
             raise ValueError(
-                f"KD.{self.name.upper()}.REGIONS is {self.regions!r}, and {type(student).__name__} has images without "
+                f"{self.config_key('REGIONS')} is {self.regions!r}, and {type(student).__name__} has images without "
                 f"boxes: it is distilled at 'all' positions."
             )
 

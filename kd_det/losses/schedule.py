@@ -32,15 +32,15 @@ class Schedule:
         whole = isinstance(self.warmup_iters, int) and isinstance(self.stop_iter, int)
         if not whole or self.warmup_iters < 0 or self.stop_iter < -1:
             raise ValueError(
-                f"warm-up must be >= 0 and stop >= -1 (never) whole iterations, found {self.warmup_iters} and "
-                f"{self.stop_iter}."
+                f"WARMUP_ITERS must be >= 0 and STOP_ITER >= -1 (never), whole iterations, found {self.warmup_iters} "
+                f"and {self.stop_iter}."
             )
         if self.decay not in ("", *_DECAYS):
-            raise ValueError(f"{unknown_name('decay', self.decay, _DECAYS)} '' is none.")
+            raise ValueError(f"{unknown_name('DECAY', self.decay, _DECAYS)} '' is none.")
         if self.decay and not (isinstance(self.decay_start, int) and 0 <= self.decay_start < self.stop_iter):
             raise ValueError(
-                f"a decay must start at a whole iteration >= 0 before the loss stops, found a start at "
-                f"{self.decay_start} and a stop at {self.stop_iter}."
+                f"DECAY_START must be a whole iteration >= 0 before STOP_ITER, where the loss stops, found "
+                f"{self.decay_start} and {self.stop_iter}."
             )
 
     @property

@@ -66,7 +66,8 @@ class OfflineDatasetOptions:
 
 def make_offline_dataset(output, options, *, overwrite=False):
     """
-    Write the data set to the folder ``output``, all of it or nothing: it is written beside it, then renamed.
+    Write the data set to the folder ``output``, all of it or nothing: it is written beside it, then renamed. One that
+    an older version made with the same options is replaced, and the log says so.
 
     Returns:
         bool: True if it was written, False if a complete one with the same options was there already.
@@ -77,11 +78,15 @@ def make_offline_dataset(output, options, *, overwrite=False):
     """
     output = os.path.abspath(output)
     if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
-        problem = _mismatch(output, options)
-        if not overwrite and problem is None:
+        found = _read_manifest(output)
+        problem = _mismatch(output, found, options)
+        is_older = found["version"] < VERSION
+        if problem is None and not is_older and not overwrite:
             return False
-        if not overwrite:
+        if problem is not None and not overwrite:
             raise DatasetError(f"{output}: {problem}; make it anew with --overwrite or choose another --output")
+        if is_older:
+            logger.info("%s: version %s of these files, made anew in version %s", output, found["version"], VERSION)
     os.makedirs(os.path.dirname(output), exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=f".{os.path.basename(output)}.", dir=os.path.dirname(output))
     try:
@@ -95,17 +100,20 @@ def make_offline_dataset(output, options, *, overwrite=False):
     return True
 
 
-def _mismatch(output, options):
-    """In what a data set differs from one of these options; None: in nothing."""
+def _read_manifest(output):
     try:
         with open(os.path.join(output, MANIFEST)) as f:
             found = json.load(f)
-        version = found["version"]
+        return {"version": int(found["version"]), **{key: found[key] for key in ("options", "files", "bytes")}}
     except (OSError, ValueError, TypeError, KeyError):
         problem = f"{output} exists and is not a data set made by this tool; choose another --output"
         raise DatasetError(problem) from None
-    if version != VERSION:
-        return f"made by another version of this tool ({version}, this one is {VERSION})"
+
+
+def _mismatch(output, found, options):
+    """In what a data set differs from one of these options, besides an older version; None: in nothing."""
+    if found["version"] > VERSION:
+        return f"made by a newer version of this tool ({found['version']}, this one is {VERSION})"
     wanted = asdict(options)
     different = [k for k in wanted if found["options"].get(k) != wanted[k]]
     if different:

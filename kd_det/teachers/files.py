@@ -2,21 +2,18 @@
 
 from pathlib import Path
 
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from kd_det.compat import model_zoo
-from kd_det.config_file import check_lazy_key, merge_config_file, read_lazy_config
+from kd_det.config_file import check_lazy_key, instantiate_lazy, merge_config_file, read_lazy_config
 from kd_det.errors import one_line, unknown_name
 from kd_det.teachers.sources import TeacherSource, register_teacher_source
 
 __all__ = ["LazyTeacher", "YamlTeacher"]
-
-# What building a model from wrong arguments raises.
-_MISBUILT = (AssertionError, AttributeError, ImportError, LookupError, OmegaConfBaseException, RuntimeError, TypeError)
 
 
 @register_teacher_source(".yaml")
@@ -80,10 +77,8 @@ class LazyTeacher(YamlTeacher):
         cfg.KD.TEACHER.OPTS = list(options)  # for build
 
     def build(self, cfg: CfgNode) -> nn.Module:
-        try:
-            model = instantiate(self._model(self._config(cfg.KD.TEACHER.OPTS)))
-        except _MISBUILT as e:
-            raise ValueError(f"The model of {self.name} cannot be built: {type(e).__name__}: {one_line(e)}") from e
+        config = self._model(self._config(cfg.KD.TEACHER.OPTS))
+        model = instantiate_lazy(config, path=self.name, what="The model")
         # That of the images it was trained on, of which the model's own need not know.
         model.input_format = cfg.INPUT.FORMAT or getattr(model, "input_format", None)
         if model.input_format is None:

@@ -13,7 +13,7 @@ from kd_det.features.context import normalised_images
 from kd_det.features.regions import RegionHead
 from kd_det.features.taps import Taps
 
-__all__ = ["Teacher", "TeacherMaps", "check_teacher", "padded_images"]
+__all__ = ["Teacher", "TeacherMaps", "check_teacher", "padded_images", "without_sizes"]
 
 
 class TeacherMaps(NamedTuple):
@@ -22,7 +22,7 @@ class TeacherMaps(NamedTuple):
     features: Dict[str, List[Tensor]]  # the maps at every tap, one for each time its module ran; they cover the canvas
     outputs: Dict[str, Tensor]  # of the backbone, on the teacher's own padding
     canvas: Tuple[int, int]  # height and width of the student's padded batch
-    detections: Optional[List[Dict]] = None  # what the network returns in eval, in the coordinates of its inputs
+    detections: Optional[List[Dict]] = None  # what the network returns in eval
 
 
 def check_teacher(model: nn.Module, input_format: Optional[str]) -> None:
@@ -135,8 +135,9 @@ class Teacher:
     ) -> TeacherMaps:
         """
         The maps of the student's inputs, with raw images (C, H, W), on a device, where the teacher moves; with
-        ``detects`` also the detections, for which the whole network runs. Without the student's normalised and padded
-        batch of images, they are on the teacher's own padding.
+        ``detects`` also the detections, for which the whole network runs: in the size of the file's image where the
+        inputs have "height" and "width", as in Detectron2, else in that of the input. Without the student's normalised
+        and padded batch of images, they are on the teacher's own padding.
         """
         if next(self.model.parameters()).device != device:
             self.model.to(device)
@@ -145,17 +146,17 @@ class Teacher:
             if not self.taps.names and self.head is None and not detects:
                 return TeacherMaps({}, {}, self._canvas or (0, 0))
             stops = self._heads == [] and self.head is None and not detects
-            # Without the size of the file's image, to which Detectron2 would scale the boxes.
-            unsized = [{k: v for k, v in x.items() if k not in ("height", "width")} for x in batched_inputs]
+            if not detects:
+                batched_inputs = without_sizes(batched_inputs)  # what a whole network finds for the taps is not read
             # A dtype of its own is not to be cast to that of the student's autocast.
             casts = self._dtype == torch.float32
             autocast = contextlib.nullcontext() if casts else torch.autocast(device.type, enabled=False)
             # RetinaNet's inference overwrites what its head gave, so taps there take a forward of their own.
             with autocast:
-                detections = self.model(self.inputs(unsized)) if detects and self._heads else None
+                detections = self.model(self.inputs(batched_inputs)) if detects and self._heads else None
             with self.taps.recording(stop_when_complete=stops), autocast:
                 if self._heads is None or detects and not self._heads:
-                    detections = self.model(self.inputs(unsized))
+                    detections = self.model(self.inputs(batched_inputs))
                 else:
                     if images is None or not self._shares_images:
                         images = padded_images(self.model, self.inputs(batched_inputs))
@@ -189,15 +190,6 @@ class Teacher:
         if self._order is None:
             return batched_inputs
         return [{**x, "image": x["image"][self._order]} for x in batched_inputs]
-
-    @torch.no_grad()
-    def detect(self, batched_inputs: List[Dict], canvas: Tuple[int, int]) -> List[Dict]:
-        """What the network itself returns in eval for the student's inputs, on the student's canvas."""
-        self._canvas = canvas
-        try:
-            return self.model(self.inputs(batched_inputs))
-        finally:
-            self._outputs, self._canvas = {}, None
 
     def _before_student(self, module: nn.Module, args: Tuple[Tensor]) -> None:
         if self._pending is not None:
@@ -240,6 +232,11 @@ class Teacher:
             outputs = {name: value.float() for name, value in outputs.items()}
         self._outputs = outputs
         return outputs
+
+
+def without_sizes(batched_inputs: List[Dict]) -> List[Dict]:
+    """Inputs without the size of the file's image, to which Detectron2 would scale boxes and masks."""
+    return [{k: v for k, v in x.items() if k not in ("height", "width")} for x in batched_inputs]
 
 
 def padded_images(model: nn.Module, inputs: List[Dict]) -> Tensor:

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from kd_det.config_file import merge_options
+from kd_det.config_file import is_lazy_config, merge_options
 from kd_det.errors import IMPORT_HINT, unknown_name
 
 __all__ = ["TeacherSource", "register_teacher_source", "teacher_source"]
@@ -84,7 +84,7 @@ def teacher_source(name: str) -> TeacherSource:
     """The source of a name, or a ``ValueError`` for an unknown scheme; lists the registered ones."""
     scheme, is_url, _ = name.partition("://")
     endings = (key for key in _SOURCES if key.startswith(".") and name.endswith(key))
-    key = scheme if is_url else next(endings, ".yaml")
+    key = scheme if is_url else ".py" if is_lazy_config(name) else next(endings, ".yaml")
     if key not in _SOURCES:
         schemes = ", ".join(f"{known}://NAME" for known in _SOURCES if not known.startswith("."))
         raise ValueError(

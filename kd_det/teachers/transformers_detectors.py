@@ -8,6 +8,8 @@ the encoder. Called as any detector of Detectron2, they give their detections.
 
 import contextlib
 import math
+import os
+import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -168,6 +170,11 @@ class TransformersSource(TeacherSource):
 
     def configure(self, cfg: CfgNode, student: CfgNode) -> None:
         _import_transformers()
+        if not os.path.isdir(self.path) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", self.path):
+            raise FileNotFoundError(
+                f"There is no folder {self.path!r} ({self.name}), and the hub's names are NAME or OWNER/NAME: expected "
+                f"a folder that save_pretrained wrote, model and image processor."
+            )
         cfg.MODEL.META_ARCHITECTURE = TransformersDetector.__name__
         cfg.MODEL.WEIGHTS = self.name
         cfg.INPUT.FORMAT = "RGB"
@@ -196,7 +203,8 @@ class TransformersSource(TeacherSource):
         try:
             yield
         except (ImportError, OSError, RuntimeError, ValueError) as e:
-            raise ValueError(f"transformers cannot load {self.name!r}: {one_line(e)[:300]}") from e
+            where = "" if os.path.isdir(self.path) else ", which is no folder here, from the Hugging Face hub"
+            raise ValueError(f"transformers cannot load {self.name!r}{where}: {one_line(e)[:300]}") from e
 
 
 def _import_transformers():

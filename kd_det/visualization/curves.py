@@ -42,9 +42,10 @@ def plot_curves(axes: Axes, runs: Runs, key: str, *, against: str = "iteration")
             axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2, linewidth=0)
     axes.set_title(key)
     axes.set_xlabel("hours of training steps" if against == "hours" else "step")
-    axes.set_xlim(left=0)
     if "/" in key:  # a score
+        axes.margins(0.1)
         axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
 
 

@@ -17,13 +17,23 @@ __all__ = ["annotated_objects", "detection_grid", "draw_detections", "draw_groun
 
 _GOLDEN = 0.618  # of the circle of hues between two classes: the golden ratio keeps any number of them apart
 _UNNAMED_CLASSES = 1000  # where no data set says how many there are
+_KINDS = {"segmentation": "pred_masks", "keypoints": "pred_keypoints"}  # of annotations, and where they are predicted
 _GAP = 6  # pixels between panels
 _LABELS_A_WIDTH = 24  # as many labels as high as a drawing is wide
 _TITLE = 22  # height of the line of titles in pixels; the baseline of its text is at 20
 
 
-def draw_ground_truth(image: np.ndarray, record: dict, metadata: Metadata, *, width: int = 320) -> np.ndarray:
-    """Draw the annotations of a dataset dict, with the class names of ``metadata``."""
+def draw_ground_truth(
+    image: np.ndarray, record: dict, metadata: Metadata, *, width: int = 320, like: Instances | None = None
+) -> np.ndarray:
+    """
+    Draw the annotations of a dataset dict, with the class names of ``metadata``. ``like`` is what a detector found: of
+    masks and keypoints, only those of its kind are drawn.
+    """
+    if like is not None:
+        kinds = [kind for kind, found in _KINDS.items() if not like.has(found)]
+        objects = record.get("annotations", ())
+        record = {"annotations": [{k: v for k, v in x.items() if k not in kinds} for x in objects]}
     return _bgr(_visualizer(image, metadata, width).draw_dataset_dict(record))
 
 

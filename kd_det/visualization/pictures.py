@@ -91,10 +91,12 @@ class Viewer:
 def detections_row(
     sample: Sample, seen: Mapping[str, Seen], metadata: Metadata, *, min_score: float = 0.5, width: int = 720
 ) -> Row:
-    """Ground truth where it is known, and what each network detects."""
+    """What each network detects, after the ground truth where it is known, of the kind that the last one detects."""
     panels = []
     if "annotations" in sample.record:
-        panels.append(Panel("ground truth", draw_ground_truth(sample.image, sample.record, metadata, width=width)))
+        like = next((one.instances for one in reversed(seen.values()) if one.instances is not None), None)
+        drawn = draw_ground_truth(sample.image, sample.record, metadata, width=width, like=like)
+        panels.append(Panel("ground truth", drawn))
     for name, one in seen.items():
         if one.instances is not None:
             drawn = draw_detections(sample.image, one.instances, metadata, width=width, min_score=min_score)

@@ -28,7 +28,7 @@ class ReportedRun:
         facts: in words: where it is, its steps, step time, memory, ...
         command: that started it.
         versions: of the software that it ran on.
-        config: the keys that it changed, with the default and the value.
+        config: the keys that it changed, with the default (empty where there is none) and the value.
         pictures: under a headline, rows of panels.
         left_out: what the page lacks, each with the reason, in a sentence.
     """

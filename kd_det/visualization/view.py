@@ -1,12 +1,11 @@
 """A network looked at: what it detects in an image, and its feature maps without the padding."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from torch import Tensor, nn
@@ -33,10 +32,13 @@ class Sample:
     record: dict
 
 
-def read_sample(cfg: CfgNode, record: dict) -> Sample:
-    """Read the image of a dataset dict, of which only "file_name" is needed, as the config's detector is tested."""
+def read_sample(mapper: Callable[[dict], dict], record: dict) -> Sample:
+    """
+    Read the image of a dataset dict, by the mapper with which a detector is tested, such as Detectron2's
+    ``DatasetMapper(cfg, is_train=False)``; that one needs only its "file_name".
+    """
     image = read_image(record["file_name"], "BGR")
-    inputs = DatasetMapper(cfg, is_train=False)({"file_name": record["file_name"]})
+    inputs = mapper(copy.deepcopy(record))
     return Sample(image, {**inputs, "height": image.shape[0], "width": image.shape[1]}, record)
 
 

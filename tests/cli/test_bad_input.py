@@ -72,9 +72,9 @@ OPTIONS = {
     "infinite weight": (["KD.NST.WEIGHT", "1e999"], "weight must be a finite number >= 0, found inf"),
     "weight a word": (["KD.NST.WEIGHT", "much"], "KD.NST.WEIGHT"),
     "weight automatic": (["KD.NST.WEIGHT", "automatic"], "KD.NST.WEIGHT"),
-    "auto weight a word": (["KD.NST.AUTO_WEIGHT", "half"], "auto_weight must be a positive number"),
-    "auto weight negative": (["KD.AUTO_WEIGHT", "-0.5"], "auto_weight must be a positive number .* found -0.5"),
-    "auto weight of no batches": (["KD.AUTO_WEIGHT", "0.5", "KD.AUTO_WEIGHT_BATCHES", "0"], "auto_weight_batches at least 1"),
+    "auto weight a word": (["KD.NST.AUTO_WEIGHT", "half"], "KD.NST or of KD: AUTO_WEIGHT must be a positive number"),
+    "auto weight negative": (["KD.AUTO_WEIGHT", "-0.5"], "AUTO_WEIGHT must be a positive number .* found -0.5"),
+    "auto weight of no batches": (["KD.AUTO_WEIGHT", "0.5", "KD.AUTO_WEIGHT_BATCHES", "0"], "AUTO_WEIGHT_BATCHES at least 1"),
     "average that stays": (["KD.EMA_DECAY", "1.0"], "KD.EMA_DECAY must be in .* found 1.0"),
     "teachers no list": (["KD.TEACHERS", "b.yaml"], "KD.TEACHERS"),
     "teachers are names": (["KD.TEACHERS", "['b.yaml']"], "must have keys, such as CONFIG_FILE and WEIGHTS, found 'b.yaml'"),
@@ -85,15 +85,15 @@ OPTIONS = {
     "weight a list": (["KD.NST.WEIGHT", "[1.0]"], "KD.NST.WEIGHT"),
     "unknown kernel": (["KD.NST.KERNEL", "cubic"], "cubic"),
     "degree 0": (["KD.NST.DEGREE", "0"], "degree"),
-    "negative warm-up": (["KD.WARMUP_ITERS", "-3"], "warm-up must be >= 0"),
-    "stop before never": (["KD.STOP_ITER", "-2"], "stop >= -1"),
+    "negative warm-up": (["KD.WARMUP_ITERS", "-3"], "WARMUP_ITERS must be >= 0"),
+    "stop before never": (["KD.STOP_ITER", "-2"], "STOP_ITER >= -1"),
     "decay after the stop": (
         ["KD.DECAY", "cosine", "KD.DECAY_START", "90", "KD.STOP_ITER", "80"],
-        "a decay must start .* before the loss stops, found a start at 90 and a stop at 80",
+        "KD.NST or of KD: DECAY_START must be .* before STOP_ITER.* found 90 and 80",
     ),
-    "unknown decay": (["KD.NST.DECAY", "step"], "Unknown decay 'step'. Valid names: linear, cosine"),
-    "unknown regions": (["KD.NST.REGIONS", "box"], "Unknown regions 'box'. Did you mean 'boxes'"),
-    "share above 1": (["KD.NST.FOREGROUND_SHARE", "2.0"], "foreground_share must be in 0 to 1, found 2.0"),
+    "unknown decay": (["KD.NST.DECAY", "step"], "Unknown DECAY 'step'. Valid names: linear, cosine"),
+    "unknown regions": (["KD.NST.REGIONS", "box"], "Unknown KD.NST.REGIONS 'box'. Did you mean 'boxes'"),
+    "share above 1": (["KD.NST.FOREGROUND_SHARE", "2.0"], "KD.NST.FOREGROUND_SHARE must be in 0 to 1, found 2.0"),
     "warm-up a word": (["KD.NST.WARMUP_ITERS", "soon"], "soon"),
     "no value": (["KD.LOSSES", "None"], "KD.LOSSES is None, and needs a value"),
     "no value of a loss": (["KD.NST.WEIGHT", "None"], "KD.NST.WEIGHT is None, and needs a value"),
@@ -102,6 +102,14 @@ OPTIONS = {
     "unknown treatment of NaN": (
         ["KD.NON_FINITE", "ignore"],
         "KD.NON_FINITE must be one of stop, skip, found 'ignore'",
+    ),
+    "best by masks of a box detector": (
+        ["KD.BEST_METRIC", "segm/AP", "TEST.EVAL_PERIOD", "2"],
+        "Unknown KD.BEST_METRIC 'segm/AP'. Valid names: bbox/AP, bbox/AP50, .*bbox/AP-2",
+    ),
+    "best of one of two data sets": (
+        ["KD.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", "2", "DATASETS.TEST", "('tiny','tiny')"],
+        "Unknown KD.BEST_METRIC 'bbox/AP'. Did you mean 'tiny/bbox/AP'",
     ),
     # The taps.
     "unknown tap": (["KD.NST.STUDENT_TAPS", "('p9',)"], "Unknown tap of the student 'p9'"),
@@ -246,6 +254,14 @@ def test_a_wrong_option(run, case):
     found = message_of(run, *options)
     assert re.search(message, found), found
     assert len(found) < 1000
+
+
+def test_a_best_metric_that_evaluation_gives(run):
+    for metric in ("bbox/AP", "bbox/APs", "bbox/AP-1"):
+        check(run, "KD.BEST_METRIC", metric, "TEST.EVAL_PERIOD", "2")
+    args = parse_arguments(argument_parser(), ["--config-file", str(run / "run.yaml"), "KD.BEST_METRIC", "mine"])
+    check_run(load_config(args), args)
+    assert any("TEST.EVAL_PERIOD 0" in warning for warning in args.warnings)
 
 
 def test_more_processes_than_the_batch_divides_by(run):

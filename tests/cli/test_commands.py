@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 from kd_det import student_cfg
 from kd_det.cli import add_teacher, argument_parser, check_run, export, load_config, parse_arguments, taps, weights
 from kd_det.cli import main as console
+from kd_det.cli.lazy_config import load_lazy_config
 from kd_det.config_file import CONFIGS, find_config
 from tests.tiny import distillation_cfg, tiny_cfg
 from tests.tiny_run import run_cfg
@@ -206,6 +208,19 @@ def test_the_console_script_is_quick_and_quiet():
     assert done.returncode == 1 and b"FutureWarning" in done.stderr
 
 
+@pytest.mark.parametrize("command", [["-m", "kd_det", "taps", "--help"], ["tools/list_taps.py", "--help"]])
+def test_every_way_to_a_command_is_as_quiet(command):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_importing_kd_det_leaves_the_filters_of_warnings_alone():
+    """Those of PyTorch and Detectron2, which it imports, are theirs."""
+    code = "import detectron2.engine, torchvision, sys, warnings; before = list(warnings.filters); import kd_det; "
+    code += "sys.exit(any('torch' in str(f) for f in warnings.filters if f not in before))"
+    assert not subprocess.run([sys.executable, "-c", code, "kd_det"], cwd=ROOT, capture_output=True).returncode
+
+
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     name = "configs/Quickstart/student_R_18_FPN.yaml"
     monkeypatch.chdir(tmp_path)
@@ -275,3 +290,21 @@ def test_lazy_configs_on_equal_terms(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         weights.main([*argv, "--losses", "PKD"])
     assert "--losses needs --teacher" in capsys.readouterr().err
+
+
+def test_a_lazy_students_classes_are_matched_by_name(tmp_path, monkeypatch):
+    """The teacher has them in another order; the student's names are those of the data set that is trained on."""
+    for name, classes in (("lazy_students", ["a", "b", "c"]), ("lazy_teachers", ["c", "B", "a"])):
+        MetadataCatalog.get(name).set(thing_classes=classes)
+    teacher = tiny_cfg(depth=50, width=8, DATASETS__TRAIN=("lazy_teachers",))
+    cfg = distillation_cfg(tmp_path, teacher=teacher)
+    (tmp_path / "student.yaml").write_text(student_cfg(tiny_cfg()).dump())
+    (tmp_path / "lazy_names.py").write_text(LAZY_PROJECT)
+    monkeypatch.chdir(tmp_path)
+    text = LAZY.format(path=str(tmp_path / "student.yaml")).replace("lazy_project", "lazy_names")
+    data = "dict(_target_='batches', dataset=dict(_target_='records', names='lazy_students'))"
+    (tmp_path / "config.py").write_text(text.replace("L(batches)()", data))
+    argv = ["--config-file", "config.py", "--import", "lazy_names.py", "--losses", "SoftTarget"]
+    argv += ["--teacher", cfg.KD.TEACHER.CONFIG_FILE, "--teacher-weights", cfg.KD.TEACHER.WEIGHTS]
+    model = instantiate(load_lazy_config(parse_arguments(argument_parser(), argv)).model)
+    assert model.losses["soft_target"].classes.teacher.tolist() == [2, 1, 0, 3]

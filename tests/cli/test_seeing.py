@@ -48,7 +48,7 @@ def error_of(main, argv, capsys) -> str:
 
 def test_visualize_draws_every_image_and_tap(trained, tmp_path, capsys):
     taught = trained / "taught"
-    argv = ["--config-file", taught / "config.yaml", "--weights", taught / "model_final.pth", "--num", 1]
+    argv = ["--config-file", taught / "config.yaml", "--num", 1]  # its weights lie beside it
     visualize.main([str(x) for x in [*argv, "--min-score", 0.1, "--output", tmp_path / "pictures"]])
     found = sorted(str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.png"))
     each = ["{}.png", "{}/detections.png", "{}/p3.png", "{}/res5.pre_activation.png"]
@@ -87,6 +87,12 @@ def test_visualize_says_what_is_wrong(trained, tmp_path, capsys, argv, message):
     assert not (tmp_path / "pictures").exists()
 
 
+def test_visualize_without_weights_says_where_it_looked(trained, tmp_path, capsys):
+    shutil.copy(trained / "alone/config.yaml", tmp_path / "config.yaml")
+    error = error_of(visualize.main, ["--config-file", tmp_path / "config.yaml"], capsys)
+    assert f"there is no {tmp_path / 'model_final.pth'}" in error
+
+
 def test_compare_writes_tables_and_curves(trained, tmp_path, capsys):
     alone, taught = trained / "alone", trained / "taught"
     compare.main([str(x) for x in (f"seeds={alone},{alone}", taught, "--output", tmp_path / "out")])
@@ -110,7 +116,7 @@ def test_runs_that_are_none(trained, tmp_path, capsys):
 class Page(HTMLParser):
     """Checks that tags are closed in order; collects what is linked, and the text."""
 
-    VOID = {"meta", "img", "br"}
+    VOID = {"meta", "img", "br", "wbr"}
 
     def __init__(self, text: str):
         super().__init__()
@@ -170,6 +176,13 @@ def test_a_report_of_a_folder_that_was_copied_alone(trained, tmp_path):
     config.unlink()
     report.main([str(tmp_path / "copy"), "--out", str(tmp_path / "report.html")])
     assert "Pictures are left out: the config" in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_names_a_plain_detector_and_its_changed_keys_only(page):
+    parsed = Page(page)
+    alone, taught = parsed.text.split("Config: ")[0], parsed.text.split("Config: ")[1]
+    assert "detector" in alone and "student\n" not in alone.split("folder")[1] and "student\n" in taught
+    assert "MODEL.ROI_BOX_CASCADE_HEAD" not in parsed.text  # a tuple of lists where the default has tuples
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kd_det import add_kd_config
 from kd_det.config_file import merge_config_file, merge_options
 from kd_det.engine.loss_sizes import measure_losses
+from kd_det.errors import UserError
 from kd_det.losses.auto_weight import AutoWeight, gradient_sizes
 from tests.engine.test_distributed import on_two_ranks
 from tests.engine.test_resume import load, resume_from
@@ -83,7 +84,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("share, batches", [(-1.0, 2), (float("inf"), 2), (float("nan"), 2), (0.5, 0)])
     def test_out_of_range(self, tmp_path, share, batches):
-        with pytest.raises(ValueError, match="NSTLoss: auto_weight must be a positive number and auto_weight_batches"):
+        with pytest.raises(ValueError, match="keys of KD.NST or of KD: AUTO_WEIGHT must be a positive"):
             build_model(auto_cfg(tmp_path, "NST", batches=batches, KD__AUTO_WEIGHT=share))
 
 
@@ -260,3 +261,22 @@ def test_two_ranks_have_the_same_weights(tmp_path):
     first, second = on_two_ranks(tmp_path, _weights, auto_cfg(tmp_path, *losses, batches=2), (1, 2))
     assert first["weights"] == second["weights"] and first["weights"]["nst"] != 20
     assert first["gradients"] and all(torch.equal(g, second["gradients"][n]) for n, g in first["gradients"].items())
+
+
+def test_a_compiled_network_is_measured_or_refused():
+    """For a second size, torch.compile builds a backward that reuses its buffers; without that, all is as it was."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    image, parameters = torch.rand(1, 3, 8, 8), list(network.parameters())
+
+    def sizes():
+        task, loss = network(image).square().mean((0, 2, 3))
+        return gradient_sizes(task, [loss], parameters)
+
+    expected = sizes()
+    network.compile(backend="aot_eager", dynamic=True)
+    with pytest.raises(UserError, match="KD.AUTO_WEIGHT.* torch._functorch.config.donated_buffer = False"):
+        sizes()
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        torch.testing.assert_close(sizes(), expected)

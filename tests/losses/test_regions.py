@@ -218,8 +218,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         "opts, message",
         [
-            ({"KD__NST__REGIONS": "boxs"}, "NSTLoss: Unknown regions 'boxs'. Did you mean 'boxes'"),
-            ({"KD__NST__FOREGROUND_SHARE": 1.5}, "NSTLoss: foreground_share must be in 0 to 1, found 1.5"),
+            ({"KD__NST__REGIONS": "boxs"}, "Unknown KD.NST.REGIONS 'boxs'. Did you mean 'boxes'"),
+            ({"KD__NST__FOREGROUND_SHARE": 1.5}, "KD.NST.FOREGROUND_SHARE must be in 0 to 1, found 1.5"),
         ],
     )
     def test_before_training(self, tmp_path, opts, message):

@@ -141,12 +141,6 @@ def test_a_finished_set_is_reused_and_nothing_else_is(tmp_path):
     written = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     assert not make_offline_dataset(root, TINY)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == written
-    manifest = root / "dataset.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace(f'"version": {offline.VERSION}', '"version": 1'))  # before it had masks
-    with pytest.raises(DatasetError, match=r"another version of this tool \(1, .* 2\); make it anew with --ov"):
-        make_offline_dataset(root, TINY)
-    manifest.write_text(text)
     other = dataclasses.replace(TINY, num_train=3)
     with pytest.raises(DatasetError, match=r"num_train 2 \(asked for: 3\).*--overwrite"):
         make_offline_dataset(root, other)
@@ -156,6 +150,30 @@ def test_a_finished_set_is_reused_and_nothing_else_is(tmp_path):
     assert make_offline_dataset(root, other, overwrite=True)
     assert len(list((root / "JPEGImages").iterdir())) == 5
     assert os.listdir(tmp_path) == ["digits"]
+
+
+def test_an_older_version_is_made_anew_and_a_newer_one_is_not(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    root = tmp_path / "digits"
+    make_offline_dataset(root, TINY)
+    text = (root / "dataset.json").read_text()
+
+    def of_version(version):
+        (root / "dataset.json").write_text(text.replace(f'"version": {offline.VERSION}', f'"version": {version}'))
+
+    of_version(1)  # before it had masks
+    with pytest.raises(DatasetError, match="made with other options: num_train 2"):
+        make_offline_dataset(root, dataclasses.replace(TINY, num_train=3))
+    (root / "mine.txt").write_text("a user's")
+    with pytest.raises(DatasetError, match="damaged"):
+        make_offline_dataset(root, TINY)
+    (root / "mine.txt").unlink()
+    assert make_offline_dataset(root, TINY)
+    assert "version 1 of these files, made anew" in caplog.text
+    assert (root / "dataset.json").read_text() == text and os.listdir(tmp_path) == ["digits"]
+    of_version(offline.VERSION + 1)
+    with pytest.raises(DatasetError, match="a newer version of this tool .*--overwrite"):
+        make_offline_dataset(root, TINY)
 
 
 def test_a_strangers_folder_is_never_replaced(tmp_path):

@@ -126,7 +126,9 @@ def test_detections_on_the_students_canvas(kind):
     runner = Teacher(model, [], student=build_model(tiny_cfg()), input_format="RGB")
     seen = []
     model.backbone.network.register_forward_hook(lambda network, *_: seen.append(network.outputs.pred_boxes[0]))
-    boxes = runner.detect(images((64, 64)), (64, 128))[0]["instances"].pred_boxes.tensor
+    canvas = torch.zeros(1, 3, 64, 128)
+    (found,) = runner(images((64, 64)), canvas.device, canvas, detects=True).detections
+    boxes = found["instances"].pred_boxes.tensor
     x, _, w, _ = seen[0].unbind(1)
     left = (x - w / 2) * (64 if kind == "DETR" else 128)
     assert model.backbone.network.canvas == (64, 128) and boxes.max() <= 64
@@ -195,7 +197,9 @@ def test_a_folder_teaches_through_the_config(folder):
 
 def test_what_is_no_such_detector(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="transformers cannot load 'hf://no/such': .*connect"):
+    with pytest.raises(OSError, match="There is no folder 'no/such/folder' .*a folder that save_pretrained wrote"):
+        build_teacher(hf_cfg("no/such/folder"))  # at once: no hub is asked
+    with pytest.raises(ValueError, match="'hf://no/such', which is no folder here.* hub: .*connect"):
         build_teacher(hf_cfg("no/such"))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="transformers cannot load .*no file named model.safetensors"):

@@ -47,6 +47,19 @@ def test_ground_truth_is_drawn_where_the_same_detection_is():
     assert 76 <= top <= 84 and 140 <= bottom <= 148 and 36 <= left <= 44
 
 
+def test_ground_truth_has_masks_where_the_detector_finds_them():
+    image = np.full((40, 80, 3), 128, np.uint8)
+    box = {"bbox": [10, 4, 40, 32], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1, "iscrowd": 0}
+    masked = {"annotations": [{**box, "segmentation": [[12, 6, 48, 6, 48, 34, 12, 34]]}], "sem_seg_file_name": "no.png"}
+    found = instances([[10.0, 4.0, 50.0, 36.0]], [0.9])
+    drawn = draw_ground_truth(image, masked, METADATA, width=320, like=found)
+    plain = draw_ground_truth(image, {"annotations": [box]}, METADATA, width=320)
+    assert (drawn[120:136, 60:180] == 128).all() and (plain[120:136, 60:180] == 128).all()  # inside the box
+    found.pred_masks = torch.zeros(1, 40, 80)
+    drawn = draw_ground_truth(image, masked, METADATA, width=320, like=found)
+    assert (drawn[120:136, 60:180] != 128).any(axis=2).all()
+
+
 def test_colours_stay_bgr():
     image = np.zeros((16, 16, 3), np.uint8)
     image[..., 0] = 200

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, Metadata
+from detectron2.data import DatasetCatalog, DatasetMapper, Metadata
 from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from torch import nn
@@ -23,7 +23,7 @@ from tests.tiny_run import differing, run_cfg, train, write_coco
 
 def sample_of(cfg, tmp_path, sizes=((48, 72),)) -> Sample:
     name = write_coco(tmp_path / "images", images=1, sizes=sizes)
-    return read_sample(cfg, DatasetCatalog.get(name)[0])
+    return read_sample(DatasetMapper(cfg, is_train=False), DatasetCatalog.get(name)[0])
 
 
 def test_maps_cover_the_image_without_its_padding(tmp_path):

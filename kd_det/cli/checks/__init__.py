@@ -39,6 +39,7 @@ DETECTOR_CHECKS = (
     classes.check_class_lists,
     classes.check_teacher_classes,
     data.check_evaluators,
+    data.check_best_metric,
     data.check_keypoints,
     model.check_teacher_evaluation,
 )
@@ -46,6 +47,7 @@ CLASSIFIER_CHECKS = (
     lambda run: check_input(run.cfg),
     lambda run: check_data(run.cfg, run.training_sets, run.test_sets),
     lambda run: check_whole_backbone_learns(run.cfg, run.model) if run.trains else None,
+    data.check_best_metric,
     model.check_teacher_evaluation,
 )
 

@@ -6,6 +6,7 @@ from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from PIL import Image
 
 from kd_det.cli.checks.run import PlannedRun, naming
@@ -16,6 +17,8 @@ from kd_det.random_state import preserved_random_state
 
 # What annotations must hold, by the option of the config that needs it.
 _ANNOTATION_KEYS = {"MASK_ON": "segmentation", "KEYPOINT_ON": "keypoints"}
+# Of COCO's evaluation besides boxes, by the attribute of the student's ROI heads that tells of their head.
+_TASKS = {"segm": "mask_on", "keypoints": "keypoint_on"}
 
 
 def check_input(run: PlannedRun) -> None:
@@ -85,6 +88,45 @@ def check_evaluators(run: PlannedRun) -> None:
             check_voc_evaluation(name)
         if kind == "coco" and not run.datasets[name].thing_classes:
             raise UserError(f"data set '{name}' cannot be evaluated: its metadata lacks thing_classes, the class names")
+
+
+def check_best_metric(run: PlannedRun) -> None:
+    """``KD.BEST_METRIC`` is a number that evaluation will give, as far as the evaluators are known ones."""
+    if not run.trains or not run.cfg.KD.BEST_METRIC:
+        return
+    metric = run.cfg.KD.BEST_METRIC
+    if run.cfg.TEST.EVAL_PERIOD <= 0 or not run.test_sets:
+        run.warnings.append(
+            "KD.BEST_METRIC keeps model_best.pth by evaluations during training, and there are none (TEST.EVAL_PERIOD "
+            f"{run.cfg.TEST.EVAL_PERIOD}, DATASETS.TEST {tuple(run.test_sets)})"
+        )
+        return
+    known: list[str] = []
+    for name in run.test_sets:
+        numbers = _numbers(run, name)
+        if not numbers:
+            return
+        known += [f"{name}/{number}" if len(run.test_sets) > 1 else number for number in numbers]
+    if metric not in known:
+        raise UserError(unknown_name("KD.BEST_METRIC", metric, known, most=24))
+
+
+def _numbers(run: PlannedRun, name: str) -> list[str]:
+    """What evaluation on a data set gives, such as "bbox/AP"; empty where that is not known."""
+    kind, student = evaluator_type(name), run.student
+    if kind == "classification" and getattr(student, "needs_labels", True):
+        return ["classification/top1", "classification/top5"]
+    if not isinstance(student, (GeneralizedRCNN, DenseDetector)):
+        return []
+    classes = run.datasets[name].thing_classes
+    if kind == "pascal_voc":
+        return ["bbox/AP", "bbox/AP50", "bbox/AP75"]
+    if kind != "coco":
+        return []
+    heads = getattr(student, "roi_heads", None)
+    tasks = ["bbox", *(task for task, head in _TASKS.items() if getattr(heads, head, False))]
+    areas = ("AP", "AP50", "AP75", "APs", "APm", "APl", *(f"AP-{name}" for name in classes if len(classes) > 1))
+    return [f"{task}/{area}" for task in tasks for area in areas if (task, area) != ("keypoints", "APs")]
 
 
 def check_keypoints(run: PlannedRun) -> None:
