@@ -51,7 +51,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     table_file, picture, page = (os.path.join(args.output, f) for f in ("table.md", "detections.png", "report.html"))
     with open(table_file, "w") as f:
         f.write(table + "\n")
-    draw_runs(picture, "quickstart_voc_val", compared)  # boxes alone, which is what the runs detect
+    draw_runs(picture, "quickstart_coco_val", compared)
     agreement = check_plain(args.output, "quickstart_coco_val", compared[-1])
     write_report({name: [RunFolder(run.output_dir)] for name, run in zip(NAMES, compared)}, page, PICTURED_IMAGES)
     print(f"\n{table}\n\n{what_it_shows(runs)}\n")

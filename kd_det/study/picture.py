@@ -21,8 +21,9 @@ def draw_runs(path: str, dataset: str, runs: Sequence[Run]) -> None:
     rows = []
     for record in DatasetCatalog.get(dataset)[:PICTURED_IMAGES]:
         image = cv2.imread(record["file_name"])
-        detections = [draw_detections(image, p(image)["instances"], metadata) for p in predictors]
-        rows.append([draw_ground_truth(image, record, metadata), *detections])
+        found = [predict(image)["instances"] for predict in predictors]
+        detections = [draw_detections(image, instances, metadata) for instances in found]
+        rows.append([draw_ground_truth(image, record, metadata, like=found[0]), *detections])
     cv2.imwrite(path, detection_grid(["ground truth", *(run.name for run in runs)], rows))
 
 
