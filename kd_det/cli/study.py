@@ -7,8 +7,8 @@ ground truth and detections. Runs that are finished are not repeated, interrupte
     kd-det study configs/Study/digits.yaml --rows alone "NST*" --seeds 0
 
 A study file (yaml) has "rows": {GROUP: {NAME: ARGUMENTS of kd-det train, or "pretrain" and those of kd-det pretrain}},
-and may have "seeds", "seeds_of": {NAME: [SEED, ...]}, "output", "results" (a JSON file that keeps what the runs gave,
-so that it can be drawn without them) and "pictured" (names of rows). A row may start from what another wrote:
+and may have "seeds", "seeds_of": {NAME: [SEED, ...]}, "output", "results" (a JSON file that keeps what the runs gave; the
+tables and curves, beside it, need no more) and "pictured" (names of rows). A row may start from what another wrote:
 KD.TEACHER.WEIGHTS or MODEL.WEIGHTS OUTPUT/NAME/seed_SEED/model_final.pth. Gains are over the row "alone", also as part
 of the gap to the row "teacher".
 """
@@ -147,18 +147,19 @@ def _keep(results: Results, row: str, run: Run, names: list[str]) -> None:
 
 
 def show(study: Study, plan: dict[str, list[Run]], results: Results) -> None:
-    """Write the tables, the curves and the picture of what is finished, and print the first."""
+    """Write the tables, the curves and the picture of what is finished beside the results, and print the first."""
     records = [record for name, runs in plan.items() for run in runs if (record := results.find(name, run))]
     if not records:
         return print("nothing is finished")
-    os.makedirs(study.output, exist_ok=True)
-    table, pictured = (os.path.join(study.output, file) for file in ("table.md", "detections.png"))
+    base = os.path.splitext(results.path)[0]
+    os.makedirs(os.path.dirname(os.path.abspath(base)), exist_ok=True)
+    table, pictured = f"{base}.md", f"{base}_detections.png"
     tables = study_tables(study, records)
     with open(table, "w") as file:
         file.write(tables)
     names = study.pictured or study.names()[:4]
     histories = {name: [r.history() for r in records if r.row == name] for name in names}
-    curves = draw_curves(os.path.join(study.output, "curves"), {k: v for k, v in histories.items() if v})
+    curves = draw_curves(base, {k: v for k, v in histories.items() if v})
     firsts = [plan[name][0] for name in names if os.path.isfile(plan[name][0].weights)]
     firsts = [run for run in firsts if run.task == "bbox"]
     print(f"\n{tables}\n{results.path}, {table}, {', '.join(curves)}", end="\n" if not firsts else f", {pictured}\n")

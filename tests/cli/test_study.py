@@ -53,8 +53,8 @@ def test_each_row_is_trained_with_its_seeds_and_never_again(trained, capsys):
     found = capsys.readouterr().out
     assert re.search(r"teacher +\| +1 \| +70.0 .*\n.*alone +\| +2 \| 15.0 ± 5.0", found)
     assert "**controls**" in found and "**methods**" in found
-    assert Path("out/table.md").read_text() in found
-    assert Path("out/curves.png").is_file() and Path("out/curves.svg").is_file()
+    assert Path("kept/results.md").read_text() in found
+    assert Path("kept/results.png").is_file() and Path("kept/results.svg").is_file()
     assert len(json.loads(Path("kept/results.json").read_text())) == 7
     run()
     assert len(trained) == 7
@@ -72,10 +72,10 @@ def test_a_subset_brings_the_teacher_that_it_needs(trained, capsys):
 
 def test_the_tables_of_another_machine_need_no_run(trained, capsys):
     run()
-    table = Path("out/table.md").read_text()
+    table = Path("kept/results.md").read_text()
     Path("out").rename("elsewhere")
     run()
-    assert len(trained) == 7 and Path("out/table.md").read_text() == table
+    assert len(trained) == 7 and Path("kept/results.md").read_text() == table
 
 
 @pytest.mark.parametrize(
@@ -120,5 +120,12 @@ def test_configs_of_ones_own_are_trained_and_compared(tmp_path, monkeypatch, dig
         Path(f"{name}.yaml").write_text(yaml.safe_dump(base))
     study.main(["narrow.yaml", "wide.yaml", "--seeds", "0", "--jobs", "2", "--output", "mine"])
     assert re.search(r"narrow +\| +1 \|.*\n.*wide +\| +1 \|", capsys.readouterr().out)
-    for name in ("table.md", "curves.png", "curves.svg", "detections.png", "results.json", "narrow/seed_0.log"):
+    for name in (
+        "results.json",
+        "results.md",
+        "results.png",
+        "results.svg",
+        "results_detections.png",
+        "narrow/seed_0.log",
+    ):
         assert Path("mine", name).is_file(), name
