@@ -7,8 +7,8 @@ ground truth and detections. Runs that are finished are not repeated, interrupte
     kd-det study configs/Study/digits.yaml --rows alone "NST*" --seeds 0
 
 A study file (yaml) has "rows": {GROUP: {NAME: ARGUMENTS of kd-det train, or "pretrain" and those of kd-det pretrain}},
-and may have "seeds", "seeds_of": {NAME: [SEED, ...]}, "output", "results" (a JSON file that keeps what the runs gave; the
-tables and curves, beside it, need no more) and "pictured" (names of rows). A row may start from what another wrote:
+and may have "seeds", "seeds_of": {NAME: [SEED, ...]}, "output", "results" (a JSON file that keeps what runs gave; from
+it tables and curves are made, beside it) and "pictured" (names of rows). A row may start from what another wrote:
 KD.TEACHER.WEIGHTS or MODEL.WEIGHTS OUTPUT/NAME/seed_SEED/model_final.pth. Gains are over the row "alone", also as part
 of the gap to the row "teacher".
 """

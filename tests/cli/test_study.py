@@ -12,8 +12,8 @@ from kd_det.study.run_config import used_config
 from tests.digits_data import digits_root  # noqa: F401
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "Quickstart"
-STUDENT = f"--config-file {CONFIGS / 'student_R_18_FPN.yaml'}"
-TAUGHT = f"--config-file {CONFIGS / 'student_distilled.yaml'} KD.TEACHER.WEIGHTS out/teacher/seed_7/model_final.pth"
+STUDENT = f"--config-file {CONFIGS / 'student.yaml'}"
+TAUGHT = f"--config-file {CONFIGS / 'distilled.yaml'} KD.TEACHER.WEIGHTS out/teacher/seed_7/model_final.pth"
 ROWS = {
     "controls": {"teacher": STUDENT, "alone": STUDENT},
     "methods": {"NST": TAUGHT, "NST 5": f"{TAUGHT} KD.NST.WEIGHT 5.0"},
@@ -114,9 +114,9 @@ def test_configs_of_ones_own_are_trained_and_compared(tmp_path, monkeypatch, dig
     datasets = {"TRAIN": ["mine_coco_train"], "TEST": ["mine_coco_val"]}
     opts = {"KD": {"IMPORTS": ["data.py"]}, "DATASETS": datasets}
     opts |= {"SOLVER": {"MAX_ITER": 1, "STEPS": [], "IMS_PER_BATCH": 1}, "INPUT": {"MIN_SIZE_TEST": 64}}
-    for name, width in (("narrow", 8), ("wide", 16)):
-        model = {"RESNETS": {"RES2_OUT_CHANNELS": width}, "BACKBONE": {"NAME": "build_basic_resnet_fpn_backbone"}}
-        base = {"_BASE_": str(CONFIGS / "student_R_18_FPN.yaml"), "MODEL": model, **opts}
+    for name, width in (("narrow", 8), ("wide", 12)):
+        model = {"RESNETS": {"RES2_OUT_CHANNELS": width}}
+        base = {"_BASE_": str(CONFIGS / "student.yaml"), "MODEL": model, **opts}
         Path(f"{name}.yaml").write_text(yaml.safe_dump(base))
     study.main(["narrow.yaml", "wide.yaml", "--seeds", "0", "--jobs", "2", "--output", "mine"])
     assert re.search(r"narrow +\| +1 \|.*\n.*wide +\| +1 \|", capsys.readouterr().out)
