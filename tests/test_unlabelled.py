@@ -50,9 +50,7 @@ def losses_of(model, inputs) -> dict:
 
 
 def found(boxes, classes, scores) -> Instances:
-    return Instances(
-        (40, 60), pred_boxes=Boxes(boxes), pred_classes=torch.tensor(classes), scores=torch.tensor(scores)
-    )
+    return Instances((40, 60), pred_boxes=Boxes(boxes), pred_classes=torch.tensor(classes), scores=torch.tensor(scores))
 
 
 def test_detections_above_the_threshold_become_labels():

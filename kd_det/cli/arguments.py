@@ -66,7 +66,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser, *, teacher: bool = Tr
         group.add_argument("--teacher", metavar="NAME_OR_FILE", help=text)
         text = "default: the zoo entry's checkpoint, the library's weights, or those that the config file names"
         group.add_argument("--teacher-weights", metavar="FILE", default="", help=text)
-        text = "default: the config's; with --teacher, NST,SoftTarget if both have ROI heads, NST otherwise"
+        text = "default: the config's; with --teacher, PKD, and KD.INHERIT of what fits above the backbone"
         group.add_argument("--losses", metavar="NST,...", help=text)
     return group
 

@@ -86,7 +86,7 @@ def _run(study: Study, name: str, arguments: str, seed: int) -> Run:
     try:
         cfg = load_config(parse_arguments(argument_parser(), [*words, "OUTPUT_DIR", folder]))
         if cfg.KD.LOSSES == UNDECIDED:
-            raise UserError("--teacher needs --losses here, e.g. --losses NST,SoftTarget")
+            raise UserError("--teacher needs --losses here, e.g. --losses PKD")
         if cfg.MODEL.META_ARCHITECTURE == "Distiller":
             enabled_loss_classes(cfg)  # unknown names
     except (ValueError, OSError) as e:

@@ -1,6 +1,5 @@
 """From the config of any detector to that of a distillation run: ``--teacher`` and ``--losses``."""
 
-import logging
 import re
 
 from detectron2.config import CfgNode
@@ -13,12 +12,15 @@ from kd_det.losses import loss_class
 from kd_det.losses.class_loss import known_classes
 from kd_det.random_state import preserved_random_state
 from kd_det.student import build_student
-from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg
+from kd_det.teachers.build import OWN_AVERAGE, build_teacher_architecture, get_teacher_cfg
+from kd_det.weights.inherit import shared_parts
 
 __all__ = ["add_teacher", "choose_losses", "name_teacher"]
 
-logger = logging.getLogger(__name__)
-
+# What a student inherits by default above its backbone: of the parts that tell classes apart, where they are the same.
+PARTS = ("fpn", "proposal_generator")
+CLASS_PARTS = ("roi_heads", "head")
+PARTS_BELOW_CLASSES = ("roi_heads.box_head", "head.bbox_subnet")
 # Stands in KD.LOSSES until choose_losses has seen both networks; no loss has this name.
 UNDECIDED = ("chosen with the networks",)
 
@@ -36,26 +38,21 @@ def name_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) 
 def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=()) -> list:
     """
     What completes the config of :func:`name_teacher` where its networks are known, as KEY, VALUE, KEY, VALUE, ...: the
-    default losses, ``NST`` and, if both have ROI heads that share classes, ``SoftTarget``, or ``FeatureDistillation``
-    for a backbone without a head; and taps on pyramid levels restricted to those that both backbones have, unless the
-    user's ``opts`` hold the key.
+    default recipe, ``PKD`` for a student that starts from the teacher's weights above the backbone, where they fit
+    (``FeatureDistillation`` alone for a backbone without a head); and taps on pyramid levels restricted to those that
+    both backbones have. Unless the user's ``opts``, or the config, hold the key.
 
     Raises:
-        ValueError: an unknown loss, or no level in common.
+        ValueError: an unknown loss, no level in common, or classes of the teacher that do not fit it.
     """
     ret, losses = [], tuple(cfg.KD.LOSSES)
     if losses == UNDECIDED:
-        classes = [getattr(getattr(network, "roi_heads", None), "num_classes", None) for network in (student, teacher)]
-        losses = ("NST",) if getattr(student, "needs_labels", True) else ("FeatureDistillation",)
-        if None not in classes:
-            try:
-                match_classes(*classes, **known_classes(cfg, teacher))
-                losses = ("NST", "SoftTarget")
-            except ValueError as e:
-                if cfg.KD.TEACHER.CLASS_MAP or cfg.KD.TEACHER.CLASSES:
-                    raise
-                logger.warning(f"--teacher: distilled by NST alone. Soft targets compare class by class: {e}")
+        has_head, is_trained = getattr(student, "needs_labels", True), cfg.KD.TEACHER.CONFIG_FILE != OWN_AVERAGE
+        losses = ("PKD",) if has_head else ("FeatureDistillation",)
         ret += ["KD.LOSSES", str(losses)]
+        if has_head and is_trained and not cfg.KD.INHERIT and "KD.INHERIT" not in opts[::2]:
+            of_classes = CLASS_PARTS if _same_classes(cfg, student, teacher) else PARTS_BELOW_CLASSES
+            ret += ["KD.INHERIT", str(shared_parts(student, teacher, (*PARTS, *of_classes)))]
     shapes = [network.backbone.output_shape() for network in (student, teacher)]
     shared = [level for level in shapes[0] if level in shapes[1]]
     for name in (loss_class(loss).name.upper() for loss in losses):
@@ -70,6 +67,18 @@ def choose_losses(cfg: CfgNode, student: nn.Module, teacher: nn.Module, *, opts=
             )
         ret += [key, str(tuple(level for level in taps if level in shared) or tuple(shared))]
     return ret
+
+
+def _same_classes(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> bool:
+    counts = [getattr(getattr(network, "roi_heads", network), "num_classes", None) for network in (student, teacher)]
+    if None in counts:
+        return False
+    try:
+        return match_classes(*counts, **known_classes(cfg, teacher)) is None
+    except ValueError:
+        if cfg.KD.TEACHER.CLASS_MAP or cfg.KD.TEACHER.CLASSES:  # what the user says of them
+            raise
+        return False
 
 
 def add_teacher(cfg: CfgNode, teacher: str, *, weights: str = "", losses=None) -> None:

@@ -1,5 +1,6 @@
 """A student that starts from its teacher's weights where shapes agree."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import unknown_name
 
-__all__ = ["Inherited", "inherit_weights"]
+__all__ = ["Inherited", "inherit_weights", "shared_parts"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,8 @@ def inherit_weights(student: nn.Module, teacher: nn.Module, parts: Sequence[str]
     taken, left = [], {}
     for part in parts:
         own, theirs = _weights(student, part, "student"), _weights(teacher, part, "teacher")
-        misfits = {name: _misfit(value, theirs.get(name)) for name, value in own.items()}
-        random_layers = {_layer(name) for name, misfit in misfits.items() if misfit}
-        part_taken = [name for name in own if _layer(name) not in random_layers]
+        misfits = _misfits(own, theirs)
+        part_taken = _whole_layers(misfits)
         for name in part_taken:
             own[name].copy_(theirs[name])
         taken += part_taken
@@ -53,6 +53,27 @@ def inherit_weights(student: nn.Module, teacher: nn.Module, parts: Sequence[str]
     for name, reason in left.items():
         logger.info(f"Not inherited: {name} ({reason})")
     return Inherited(tuple(taken), left)
+
+
+def shared_parts(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> tuple[str, ...]:
+    """Those of the parts that both networks have and of which :func:`inherit_weights` would take at least a layer."""
+    ret = []
+    for part in parts:
+        with contextlib.suppress(ValueError):  # one has no such part
+            if _whole_layers(_misfits(_weights(student, part, "student"), _weights(teacher, part, "teacher"))):
+                ret.append(part)
+    return tuple(ret)
+
+
+def _misfits(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, str]:
+    """Why each weight cannot be taken by itself; empty if it can."""
+    return {name: _misfit(value, theirs.get(name)) for name, value in own.items()}
+
+
+def _whole_layers(misfits: dict[str, str]) -> list[str]:
+    """The names of the weights of layers that can be taken whole."""
+    random_layers = {_layer(name) for name, misfit in misfits.items() if misfit}
+    return [name for name in misfits if _layer(name) not in random_layers]
 
 
 def _misfit(own: Tensor, theirs: Tensor | None) -> str:

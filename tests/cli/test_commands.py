@@ -159,7 +159,7 @@ def test_a_teacher_by_arguments_builds_nothing_while_they_are_parsed(tmp_path, m
     distilled = run_cfg(tmp_path)
     teacher = ["--teacher", distilled.KD.TEACHER.CONFIG_FILE, "--teacher-weights", distilled.KD.TEACHER.WEIGHTS]
     plain = run_cfg(tmp_path, MODEL__META_ARCHITECTURE="GeneralizedRCNN")
-    plain.KD.NST.STUDENT_TAPS = ("p2", "p3", "p7")
+    plain.KD.PKD.STUDENT_TAPS = ("p2", "p3", "p7")
     (tmp_path / "student.yaml").write_text(plain.dump())
     built = counting(monkeypatch)
     args = parse_arguments(argument_parser(), ["--config-file", str(tmp_path / "student.yaml"), *teacher])
@@ -167,12 +167,12 @@ def test_a_teacher_by_arguments_builds_nothing_while_they_are_parsed(tmp_path, m
     assert not built and cfg.MODEL.META_ARCHITECTURE == "Distiller"
     cfg = check_run(cfg, args)
     assert len(built) == 2  # the student and the teacher
-    assert cfg.KD.LOSSES == ("NST", "SoftTarget") and cfg.KD.NST.STUDENT_TAPS == ("p2", "p3")
+    assert cfg.KD.LOSSES == ("PKD",) and cfg.KD.PKD.STUDENT_TAPS == ("p2", "p3")
     # The processes that train read the same options.
     assert load_config(args) == cfg and len(built) == 2
     by_hand = plain.clone()
     add_teacher(by_hand, teacher[1], weights=teacher[3])
-    assert (by_hand.KD.LOSSES, by_hand.KD.NST.STUDENT_TAPS) == (cfg.KD.LOSSES, cfg.KD.NST.STUDENT_TAPS)
+    assert (by_hand.KD.LOSSES, by_hand.KD.PKD.STUDENT_TAPS) == (cfg.KD.LOSSES, cfg.KD.PKD.STUDENT_TAPS)
 
 
 def test_every_command_describes_itself(capsys, monkeypatch):
@@ -275,7 +275,7 @@ def test_lazy_configs_on_equal_terms(tmp_path, capsys, monkeypatch):
     assert "teacher, for images of" in capsys.readouterr().out
     weights.main([*argv, *teacher, "--batches", "1"])
     out = capsys.readouterr().out
-    assert "KD.NST.WEIGHT" in out and "KD.SOFT_TARGET.WEIGHT" in out
+    assert "KD.PKD.WEIGHT" in out
     weights.main([*argv, *teacher, "--losses", "PKD", "--batches", "1"])
     assert "KD.PKD.WEIGHT" in capsys.readouterr().out
     path = str(tmp_path / "student.yaml")

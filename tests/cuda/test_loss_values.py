@@ -78,9 +78,7 @@ ON_ROWS = {
         s.view(4, 4, 70), t.view(4, 4, 70), t[:, None, :70].sigmoid(), kind="giou", transform=Box2BoxTransformLinear()
     ),
     "quality_focal": quality_focal_loss,
-    "fsp": lambda s, t: fsp_loss(
-        *(fsp_matrix(x.view(4, 8, 5, 7)[:, :4], x.view(4, 8, 5, 7)[:, 4:]) for x in (s, t))
-    ),
+    "fsp": lambda s, t: fsp_loss(*(fsp_matrix(x.view(4, 8, 5, 7)[:, :4], x.view(4, 8, 5, 7)[:, 4:]) for x in (s, t))),
 }
 
 

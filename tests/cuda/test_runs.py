@@ -106,9 +106,7 @@ def test_two_ranks_are_one_batch(tmp_path, device, backend):
     frozen |= {"KD__REVIEW_KD__CONNECTOR_NORM": "FrozenBN", "KD__OVERHAUL__MARGIN": "running"}
     names = [*MAP_LOSSES, "SoftTarget", "DKD", "DIST", "Similarity"]
     cfg = faster_cfg(tmp_path, device, *names, teacher=tiny_cfg(depth=50, width=8), **frozen)
-    multiprocessing.start_processes(
-        _losses_on_a_rank, (cfg, str(tmp_path), backend), nprocs=2, start_method="spawn"
-    )
+    multiprocessing.start_processes(_losses_on_a_rank, (cfg, str(tmp_path), backend), nprocs=2, start_method="spawn")
     halves = [torch.load(f"{tmp_path}/{backend}_{rank}.pth") for rank in range(2)]
     whole = losses_of(build(cfg), _images())
     for name in MAP_LOSSES:  # the others' regions are sampled at random

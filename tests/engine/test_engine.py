@@ -293,26 +293,38 @@ def test_an_argument_turns_a_plain_config_into_distillation(tmp_path):
     cfg = tiny_cfg()
     add_teacher(cfg, teacher, weights=str(tmp_path / "t.pth"))
     assert cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.KD.STUDENT.META_ARCHITECTURE == "GeneralizedRCNN"
-    assert cfg.KD.LOSSES == ("NST", "SoftTarget")
-    assert cfg.KD.NST.STUDENT_TAPS == ("p2", "p3", "p4", "p5")
-    assert list(build_model(cfg).losses) == ["nst", "soft_target"]
+    assert cfg.KD.LOSSES == ("PKD",) and cfg.KD.INHERIT == ("fpn", "proposal_generator", "roi_heads")
+    assert cfg.KD.PKD.STUDENT_TAPS == ("p2", "p3", "p4", "p5")
+    model = build_model(cfg)
+    assert list(model.losses) == ["pkd"]
+    theirs = model.teacher.roi_heads.box_predictor.cls_score.weight
+    assert torch.equal(model.student.roi_heads.box_predictor.cls_score.weight, theirs)
 
 
-def test_a_student_without_roi_heads_gets_nst_on_the_shared_levels(tmp_path):
+def test_a_student_without_roi_heads_learns_on_the_shared_levels(tmp_path):
     teacher = teacher_file(tmp_path)
     cfg = tiny_cfg(**RETINANET)
     add_teacher(cfg, teacher, weights=str(tmp_path / "t.pth"))
-    assert cfg.KD.LOSSES == ("NST",) and cfg.KD.NST.STUDENT_TAPS == ("p3", "p4", "p5")
+    assert cfg.KD.LOSSES == ("PKD",) and cfg.KD.PKD.STUDENT_TAPS == ("p3", "p4", "p5")
+    assert cfg.KD.INHERIT == ("fpn",)
     assert cfg.KD.STUDENT.META_ARCHITECTURE == "RetinaNet"
     build_model(cfg)
 
 
-def test_a_teacher_of_other_classes_is_distilled_without_soft_targets(tmp_path, caplog):
+def test_from_a_teacher_of_other_classes_no_class_is_inherited(tmp_path):
     teacher = teacher_file(tmp_path)
     cfg = tiny_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)
     add_teacher(cfg, teacher, weights=str(tmp_path / "t.pth"))
-    assert cfg.KD.LOSSES == ("NST",) and "5 classes and the teacher 3" in caplog.text
+    assert cfg.KD.LOSSES == ("PKD",) and cfg.KD.INHERIT == ("fpn", "proposal_generator", "roi_heads.box_head")
     build_model(cfg)
+
+
+@pytest.mark.parametrize("opts, found", [([], 3), (["KD.INHERIT", "()"], 0), (["KD.INHERIT", "('fpn',)"], 1)])
+def test_what_the_user_says_of_inheriting_counts(tmp_path, opts, found):
+    cfg = run_cfg(tmp_path, MODEL__META_ARCHITECTURE="GeneralizedRCNN", KD__LOSSES=())
+    teacher = ["--teacher", cfg.KD.TEACHER.CONFIG_FILE, "--teacher-weights", cfg.KD.TEACHER.WEIGHTS]
+    args = arguments(tmp_path, cfg, *teacher, *opts)
+    assert len(check_run(load_config(args), args).KD.INHERIT) == found
 
 
 def test_the_users_own_keys_win(tmp_path):

@@ -135,8 +135,12 @@ def test_in_python():
         ({"KD__TEACHER__DTYPE": "bfloat16"}, "is kept in float32"),
         ({"KD__AUTO_WEIGHT": 0.5}, "loss_nst: the student's average begins as the student.* KD.NST.AUTO_WEIGHT to 0.0"),
         (
-            {"KD__TEACHER__CONFIG_FILE": "", "KD__LOSSES": (), "KD__AUTO_WEIGHT": 0.5,
-             "KD__TEACHERS": [{"CONFIG_FILE": "ema", "NAME": "own", "LOSSES": ["NST"]}]},
+            {
+                "KD__TEACHER__CONFIG_FILE": "",
+                "KD__LOSSES": (),
+                "KD__AUTO_WEIGHT": 0.5,
+                "KD__TEACHERS": [{"CONFIG_FILE": "ema", "NAME": "own", "LOSSES": ["NST"]}],
+            },
             "loss_nst_own: .* KD.NST.AUTO_WEIGHT .in LOSS_OPTS of the teacher 'own' in KD.TEACHERS. to 0.0",
         ),
         ({"KD__INHERIT": ("fpn",)}, "KD.INHERIT needs a trained teacher"),

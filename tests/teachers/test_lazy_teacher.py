@@ -195,7 +195,7 @@ def test_the_default_losses_and_levels(tmp_path):
     path = write(tmp_path, TINY_BASELINE)
     cfg = tiny_cfg()
     add_teacher(cfg, path, weights=str(tmp_path / "teacher.pth"))
-    assert cfg.KD.LOSSES == ("NST", "SoftTarget") and cfg.KD.NST.STUDENT_TAPS == ("p2", "p3", "p4", "p5")
+    assert cfg.KD.LOSSES == ("PKD",) and cfg.KD.PKD.STUDENT_TAPS == ("p2", "p3", "p4", "p5")
     check_losses(cfg, cfg.KD.LOSSES)
 
 

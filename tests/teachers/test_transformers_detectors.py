@@ -91,7 +91,7 @@ def test_maps_by_level(kind):
     with reader.recording(), torch.no_grad():
         model.backbone(model.preprocess_image(inputs).tensor)
     maps = {name: values[0] for name, values in reader.pop().items()}
-    assert all(m.shape[-2:] == (-(-64 // 2**int(n[-1])), -(-96 // 2**int(n[-1]))) for n, m in maps.items())
+    assert all(m.shape[-2:] == (-(-64 // 2 ** int(n[-1])), -(-96 // 2 ** int(n[-1]))) for n, m in maps.items())
     want = model.backbone.network.detector.model.backbone(model.preprocess_image(inputs).tensor, torch.ones(1, 64, 96))
     want = (want[0] if isinstance(want[0], list) else want)[-1][0]
     torch.testing.assert_close(maps["res5"], want)
