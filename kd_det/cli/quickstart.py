@@ -29,8 +29,8 @@ NAMES = ("teacher", "alone", "alone, same time", "distilled")
 PICTURED_IMAGES = 50  # of the data set, in the report
 # Small enough for a CPU: a digit is 10 to 40 pixels high.
 DATASET = "--num-train 2500 --num-val 300 --size 96 --light".split()
-# The default losses by name: without names they are chosen when the networks are built.
-LOSSES = ("NST", "SoftTarget")
+# What --teacher turns on, by name: without names it is chosen when the networks are built.
+RECIPE = ["--losses", "PKD"], ["KD.INHERIT", "('fpn','proposal_generator','roi_heads')"]
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -71,8 +71,9 @@ class Plan:
         return self._run("student alone", STUDENT, f"alone_seed{seed}", seed)
 
     def distilled(self, seed: int) -> Run:
-        teacher = ["--teacher", TEACHER, "--teacher-weights", self.teacher.weights, "--losses", ",".join(LOSSES)]
-        return self._run("student distilled", STUDENT, f"distilled_seed{seed}", seed, *teacher)
+        losses, inherit = RECIPE
+        teacher = ["--teacher", TEACHER, "--teacher-weights", self.teacher.weights, *losses]
+        return self._run("student distilled", STUDENT, f"distilled_seed{seed}", seed, *teacher, last=inherit)
 
     def as_long(self, seed: int) -> Run:
         """The student alone with as many steps as it does in the time of the distilled one, which are finished."""

@@ -9,7 +9,7 @@ import cv2
 import pytest
 import yaml
 
-from kd_det.cli import argument_parser, load_config, parse_arguments, quickstart
+from kd_det.cli import add_teacher, argument_parser, load_config, parse_arguments, quickstart
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,10 +22,20 @@ def test_alone_and_distilled_differ_in_the_teacher_only(tmp_path):
     planned = plan(tmp_path, "SOLVER.MAX_ITER", "7")
     alone, distilled, teacher = planned.alone(5), planned.distilled(5), planned.teacher
     at = distilled.command.index("--teacher")
-    assert [x for i, x in enumerate(distilled.command) if not at <= i < at + 6] == alone.command
+    assert [x for i, x in enumerate(distilled.command[:-2]) if not at <= i < at + 6] == alone.command
+    assert distilled.cfg.KD.LOSSES == ("PKD",) and distilled.command[-2] == "KD.INHERIT"
     assert distilled.command[at + 3] == teacher.weights and teacher.weights in distilled.inputs
     assert "5" == alone.command[alone.command.index("SEED") + 1]
     assert "7" == teacher.command[teacher.command.index("SOLVER.MAX_ITER") + 1]
+
+
+def test_the_recipe_is_what_a_teacher_alone_turns_on(tmp_path):
+    planned = plan(tmp_path)
+    cfg = planned.alone(0).cfg.clone()
+    cfg.defrost()
+    add_teacher(cfg, quickstart.TEACHER, weights=planned.teacher.weights)
+    distilled = planned.distilled(0).cfg
+    assert (cfg.KD.LOSSES, cfg.KD.INHERIT) == (distilled.KD.LOSSES, distilled.KD.INHERIT)
 
 
 def finish(run, ap, seconds):
@@ -65,7 +75,7 @@ def test_the_distilled_config_is_what_the_arguments_make(tmp_path):
     written = load_config(parse_arguments(argument_parser(), [*arguments, *options]))
     by_arguments, written = (yaml.safe_load(cfg.dump()) for cfg in (by_arguments, written))
     for kd in (by_arguments["KD"], written["KD"]):
-        assert tuple(loss.removesuffix("Loss") for loss in kd.pop("LOSSES")) == quickstart.LOSSES
+        assert [loss.removesuffix("Loss") for loss in kd.pop("LOSSES")] == ["PKD"]
         assert os.path.samefile(ROOT / kd["TEACHER"].pop("CONFIG_FILE"), quickstart.TEACHER)
     assert written == by_arguments
 
