@@ -25,7 +25,7 @@ CASCADE = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CL
 # The most that distillation may add to a step. Waits: one for the image sizes, and those of Detectron2's pooler on the
 # teacher's regions (one a level and one).
 MOST_WAITS, MOST_WAITS_OF_SIX = 6, 12
-MOST_KERNELS, MOST_KERNELS_OF_SIX = 300, 720
+MOST_KERNELS, MOST_KERNELS_OF_SIX = 300, 740
 
 
 def empty(inputs):

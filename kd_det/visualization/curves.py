@@ -30,18 +30,23 @@ def plot_curves(axes: Axes, runs: Runs, key: str, *, against: str = "iteration")
         axes: where to.
         runs: by the name in the legend; several histories are seeds: their mean, between the least and the largest.
         key: the metric; a run without it is left out.
-        against: "iteration" or "hours", see :meth:`History.series`.
+        against: "iteration" or "hours", see :meth:`History.series`; less than one is shown in minutes.
     """
-    for i, (name, histories) in enumerate(runs.items()):
-        x, y = align([history.series(key, against=against) for history in histories])
+    series = {name: [history.series(key, against=against) for history in runs[name]] for name in runs}
+    longest = max((x[-1] for of_run in series.values() for x, _ in of_run if len(x)), default=0)
+    in_minutes = against == "hours" and longest < 1
+    for i, (name, of_run) in enumerate(series.items()):
+        x, y = align(of_run)
         if not len(x):
             continue
+        x = x * (60 if in_minutes else 1)
         style = {"color": COLOURS[i % len(COLOURS)], "marker": "o" if len(x) < 12 else None, "markersize": 3}
         axes.plot(x, y.mean(0), label=name if len(y) == 1 else f"{name} ({len(y)} seeds)", linewidth=1.5, **style)
         if len(y) > 1:
             axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2, linewidth=0)
     axes.set_title(key)
-    axes.set_xlabel("hours of training steps" if against == "hours" else "step")
+    unit = "minutes" if in_minutes else "hours"
+    axes.set_xlabel(f"{unit} of training steps" if against == "hours" else "step")
     if "/" in key:  # a score
         axes.margins(0.1)
         axes.set_ylim(bottom=0)
@@ -59,17 +64,19 @@ def draw_curves(path: str, runs: Runs) -> list[str]:
     every = [history for histories in runs.values() for history in histories]
     charts = [(key, against) for key in _merged(every, "scores") for against in ("iteration", "hours")]
     charts += [(key, "iteration") for key in _merged(every, "losses")]
-    rows = max(-(-len(charts) // _COLUMNS), 1)
+    columns = min(max(len(charts), 1), _COLUMNS)
+    rows = max(-(-len(charts) // columns), 1)
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(3.6 * _COLUMNS, 2.7 * rows + 0.4), layout="constrained", dpi=150)
-        places = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+        figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.4), layout="constrained", dpi=150)
+        places = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in places[len(charts) :]:
             axes.set_axis_off()
         for axes, (key, against) in zip(places, charts):
             plot_curves(axes, runs, key, against=against)
         labels = {label: line for axes in places for line, label in zip(*axes.get_legend_handles_labels())}
         if labels:
-            figure.legend(labels.values(), labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
+            place = {"loc": "outside upper center", "ncols": min(len(labels), columns + 1)}
+            figure.legend(labels.values(), labels, frameon=False, **place)
         files = [f"{path}.png", f"{path}.svg"]
         for file in files:
             figure.savefig(file)

@@ -65,7 +65,7 @@ def test_curves_are_written_as_png_and_svg(tmp_path, history):
     png, svg = draw_curves(str(tmp_path / "curves"), {"a": [history], "b": [history]})
     assert cv2.imread(png).shape[1] > 1000
     text = "".join(ET.parse(svg).getroot().itertext())
-    assert all(word in text for word in ("bbox/AP", "hours of training steps", "loss_nst"))
+    assert all(word in text for word in ("bbox/AP", "minutes of training steps", "loss_nst"))
 
 
 def test_a_chart_takes_the_pages_ink(history):
