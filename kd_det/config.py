@@ -201,8 +201,8 @@ def add_kd_config(cfg: CN) -> None:
     # With "images", each map is average-pooled to GRID x GRID.
     node.GRID = 8
 
-    # Hints (FitNets, arXiv 1412.6550). p2 costs three times as much as the other levels together; without it, hints gave
-    # nothing to a detector of small objects (docs/study.md).
+    # Hints (FitNets, arXiv 1412.6550). p2 costs three times as much as the other levels together; without it, hints
+    # gave nothing to a detector of small objects (docs/study.md).
     node = add_loss_config(cfg, "HINT", weight=1.0, taps=("p2", "p3", "p4", "p5"), has_regions=True)
     # Norm behind each 1x1 connector; "": none.
     node.CONNECTOR_NORM = ""
