@@ -16,6 +16,7 @@ of the gap to the row "teacher".
 import argparse
 import fnmatch
 import os
+import re
 import shlex
 from dataclasses import dataclass, field, fields
 
@@ -52,7 +53,10 @@ class Study:
 def read_study(path: str) -> Study:
     """A study file; ``UserError`` for what is none."""
     with open(path) as file:
-        found = yaml.safe_load(file)
+        try:
+            found = yaml.safe_load(file)
+        except yaml.YAMLError as e:
+            raise UserError(f"{path} is no yaml: {e}") from e
     for key in found:
         if key not in (keys := [field.name for field in fields(Study)]):
             raise UserError(f"{path}: {unknown_name('key of a study', key, keys)}")
@@ -61,6 +65,12 @@ def read_study(path: str) -> Study:
         raise UserError(f"{path}: expected rows: {{GROUP: {{NAME: ARGUMENTS}}}}, found {groups!r}")
     study = Study(**found)
     names = study.names()
+    for name, arguments in ((name, group[name]) for group in groups.values() for name in group):
+        if not isinstance(arguments, str) or not arguments.strip():
+            raise UserError(f"{path}: expected the arguments of row {name} as a text, found {arguments!r}")
+    for seeds in (study.seeds, *study.seeds_of.values()):
+        if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+            raise UserError(f"{path}: expected seeds as a list of whole numbers, found {seeds!r}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: two rows are named {', '.join(repeated)}")
     for name in [*study.pictured, *study.seeds_of]:
@@ -98,6 +108,8 @@ def _run(study: Study, name: str, arguments: str, seed: int) -> Run:
 
 
 def _study(args: argparse.Namespace) -> None:
+    if args.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, found {args.jobs}")
     study = _given(args)
     names = study.names()
     rows = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows or ["*"])]
@@ -118,13 +130,16 @@ def _given(args: argparse.Namespace) -> Study:
     """The study of the command line: a file of one, or configs."""
     if len(args.files) == 1:
         with open(args.files[0]) as file:
-            is_study = "rows" in (yaml.safe_load(file) or {})
+            is_study = re.search("^rows:", file.read(), re.MULTILINE)
         if is_study:
+            if args.opts or args.imports:
+                raise UserError("--opts and --import are for configs; in a study file they stand in the rows")
             study = read_study(args.files[0])
             study.output = args.output or study.output
             return study
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.files]
-    rows = {name: shlex.join(["--config-file", path, *args.opts]) for name, path in zip(names, args.files)}
+    imports = [word for module in args.imports for word in ("--import", module)]
+    rows = {name: shlex.join([*imports, "--config-file", path, *args.opts]) for name, path in zip(names, args.files)}
     if len(rows) < len(names):
         raise UserError(f"configs of the same name: {', '.join(args.files)}; name the rows in a study file")
     return Study({"configs": rows}, args.seeds or [0, 1, 2], args.output or "output/study", pictured=names[:4])
@@ -188,6 +203,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, default %(default)s")
     parser.add_argument("--output", metavar="FOLDER", help="default: the study's, or output/study")
     parser.add_argument("--only-show", action="store_true", help="run nothing, draw what is finished")
+    text = "a module or .py file that registers the data sets of configs; may be repeated"
+    parser.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help=text)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for every config")
     return parser
 

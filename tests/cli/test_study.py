@@ -16,7 +16,7 @@ STUDENT = f"--config-file {CONFIGS / 'student.yaml'}"
 TAUGHT = f"--config-file {CONFIGS / 'distilled.yaml'} KD.TEACHER.WEIGHTS out/teacher/seed_7/model_final.pth"
 ROWS = {
     "controls": {"teacher": STUDENT, "alone": STUDENT},
-    "methods": {"NST": TAUGHT, "NST 5": f"{TAUGHT} KD.NST.WEIGHT 5.0"},
+    "methods": {"PKD": TAUGHT, "PKD 5": f"{TAUGHT} KD.PKD.WEIGHT 5.0"},
 }
 FILE = {"rows": ROWS, "output": "out", "results": "kept/results.json", "seeds": [1, 2], "seeds_of": {"teacher": [7]}}
 
@@ -48,7 +48,7 @@ def run(*arguments, **changed):
 
 def test_each_row_is_trained_with_its_seeds_and_never_again(trained, capsys):
     run()
-    seeds = [f"{row}, seed {seed}" for row in ("alone", "NST", "NST 5") for seed in (1, 2)]
+    seeds = [f"{row}, seed {seed}" for row in ("alone", "PKD", "PKD 5") for seed in (1, 2)]
     assert trained == ["teacher, seed 7", *seeds]
     found = capsys.readouterr().out
     assert re.search(r"teacher +\| +1 \| +70.0 .*\n.*alone +\| +2 \| 15.0 ± 5.0", found)
@@ -58,16 +58,16 @@ def test_each_row_is_trained_with_its_seeds_and_never_again(trained, capsys):
     assert len(json.loads(Path("kept/results.json").read_text())) == 7
     run()
     assert len(trained) == 7
-    changed = {"rows": {**ROWS, "methods": {"NST": f"{TAUGHT} KD.NST.WEIGHT 6.0"}}}
+    changed = {"rows": {**ROWS, "methods": {"PKD": f"{TAUGHT} KD.PKD.WEIGHT 7.0"}}}
     run(**changed)
-    assert trained[7:] == ["teacher, seed 7", "NST, seed 1", "NST, seed 2"]  # the teacher left no weights in this test
+    assert trained[7:] == ["teacher, seed 7", "PKD, seed 1", "PKD, seed 2"]  # the teacher left no weights in this test
 
 
 def test_a_subset_brings_the_teacher_that_it_needs(trained, capsys):
-    run("--rows", "NST*", "--seeds", "2")
-    assert trained == ["teacher, seed 7", "NST, seed 2", "NST 5, seed 2"]
+    run("--rows", "PKD*", "--seeds", "2")
+    assert trained == ["teacher, seed 7", "PKD, seed 2", "PKD 5, seed 2"]
     run("--only-show")
-    assert len(trained) == 3 and "NST 5" in capsys.readouterr().out
+    assert len(trained) == 3 and "PKD 5" in capsys.readouterr().out
 
 
 def test_the_tables_of_another_machine_need_no_run(trained, capsys):
@@ -83,6 +83,8 @@ def test_the_tables_of_another_machine_need_no_run(trained, capsys):
     [
         ({"rows": {"a": "--config-file x.yaml"}}, "expected rows: {GROUP: {NAME: ARGUMENTS}}, found"),
         ({"seed": [1]}, "Unknown key of a study 'seed'. Did you mean 'seeds'"),
+        ({"seeds": 3}, "expected seeds as a list of whole numbers, found 3"),
+        ({"rows": {"a": {"x": None}}}, "expected the arguments of row x as a text, found None"),
         ({"seeds_of": {"nst": [1]}}, "Unknown row 'nst'"),
         ({"pictured": ["at"]}, "Unknown row 'at'"),
         ({"rows": {"a": {"x": STUDENT}, "b": {"x": STUDENT}}}, "two rows are named x"),
@@ -100,10 +102,18 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_trained(trained, c
     assert not trained
 
 
-def test_rows_that_do_not_exist(trained, capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rows", "at"], "fits no row; the rows are teacher, alone, PKD, PKD 5"),
+        (["--jobs", "0"], "--jobs must be at least 1, found 0"),
+        (["--opts", "SEED", "1"], "--opts and --import are for configs"),
+    ],
+)
+def test_wrong_arguments(trained, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        run("--rows", "at")
-    assert "fits no row; the rows are teacher, alone, NST, NST 5" in capsys.readouterr().err
+        run(*arguments)
+    assert message in capsys.readouterr().err and not trained
 
 
 def test_configs_of_ones_own_are_trained_and_compared(tmp_path, monkeypatch, digits_root, capsys):  # noqa: F811
@@ -112,20 +122,17 @@ def test_configs_of_ones_own_are_trained_and_compared(tmp_path, monkeypatch, dig
     data = f"from kd_det.quickstart import register_digits\nregister_digits({str(digits_root)!r}, 'mine')\n"
     Path("data.py").write_text(data)
     datasets = {"TRAIN": ["mine_coco_train"], "TEST": ["mine_coco_val"]}
-    opts = {"KD": {"IMPORTS": ["data.py"]}, "DATASETS": datasets}
-    opts |= {"SOLVER": {"MAX_ITER": 1, "STEPS": [], "IMS_PER_BATCH": 1}, "INPUT": {"MIN_SIZE_TEST": 64}}
+    opts = {
+        "DATASETS": datasets,
+        "SOLVER": {"MAX_ITER": 1, "STEPS": [], "IMS_PER_BATCH": 1},
+        "INPUT": {"MIN_SIZE_TEST": 64},
+    }
     for name, width in (("narrow", 8), ("wide", 12)):
         model = {"RESNETS": {"RES2_OUT_CHANNELS": width}}
         base = {"_BASE_": str(CONFIGS / "student.yaml"), "MODEL": model, **opts}
         Path(f"{name}.yaml").write_text(yaml.safe_dump(base))
-    study.main(["narrow.yaml", "wide.yaml", "--seeds", "0", "--jobs", "2", "--output", "mine"])
+    study.main(["narrow.yaml", "wide.yaml", "--seeds", "0", "--jobs", "2", "--output", "mine", "--import", "data.py"])
     assert re.search(r"narrow +\| +1 \|.*\n.*wide +\| +1 \|", capsys.readouterr().out)
-    for name in (
-        "results.json",
-        "results.md",
-        "results.png",
-        "results.svg",
-        "results_detections.png",
-        "narrow/seed_0.log",
-    ):
-        assert Path("mine", name).is_file(), name
+    for ending in (".json", ".md", ".png", ".svg", "_detections.png"):
+        assert Path(f"mine/results{ending}").is_file(), ending
+    assert Path("mine/narrow/seed_0.log").is_file()
