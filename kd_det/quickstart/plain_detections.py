@@ -6,6 +6,7 @@ Detections of a checkpoint by Detectron2 alone: kd_det is never imported. Missin
 """
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def main():
     parser.add_argument("--weights", required=True)
     parser.add_argument("--output", required=True, help="for torch.load: boxes, scores and classes of each image")
     parser.add_argument("--images", required=True, help="text file with the path of one image a line")
+    text = "a file that registers the student's backbone, as an exported student has it: backbones/basic_resnet.py"
+    parser.add_argument("--register", help=text)
     args = parser.parse_args()
+    if args.register:
+        runpy.run_path(args.register)
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.MODEL.WEIGHTS = ""

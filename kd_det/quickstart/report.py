@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
+from kd_det.backbones import basic_resnet
 from kd_det.errors import UserError
 from kd_det.student import student_cfg
 from kd_det.study.picture import predictor
@@ -37,7 +38,7 @@ def check_plain(output: str, dataset: str, run: Run) -> str:
             f.write(text)
     script = os.path.relpath(os.path.join(os.path.dirname(__file__), "plain_detections.py"))
     files = ["--config-file", config_file, "--weights", run.weights, "--images", images_file, "--output", found_file]
-    run_command([script, *files])
+    run_command([script, *files, "--register", os.path.relpath(basic_resnet.__file__)])
     distiller, detections = predictor(run), 0
     for path, (boxes, scores, classes) in zip(images, torch.load(found_file)):
         instances = distiller(cv2.imread(path))["instances"].to("cpu")
