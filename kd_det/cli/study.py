@@ -163,9 +163,12 @@ def _keep(results: Results, row: str, run: Run, names: list[str]) -> None:
 
 def show(study: Study, plan: dict[str, list[Run]], results: Results) -> None:
     """Write the tables, the curves and the picture of what is finished beside the results, and print the first."""
-    records = [record for name, runs in plan.items() for run in runs if (record := results.find(name, run))]
+    kept = {(name, run.cfg.SEED): run for name, runs in plan.items() for run in runs}
+    records = [record for record in results.records if (record.row, record.seed) in kept]
     if not records:
         return print("nothing is finished")
+    if stale := [r for r in records if not results.find(r.row, kept[r.row, r.seed])]:
+        print(f"{len(stale)} results are of another config, or of other defaults, than now: {stale[0].row}, ...")
     base = os.path.splitext(results.path)[0]
     os.makedirs(os.path.dirname(os.path.abspath(base)), exist_ok=True)
     table, pictured = f"{base}.md", f"{base}_detections.png"

@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from kd_det.cli import study
+from kd_det.study.results import Results
 from kd_det.study.run_config import used_config
 from tests.digits_data import digits_root  # noqa: F401
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "Quickstart"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "Quickstart"
 STUDENT = f"--config-file {CONFIGS / 'student.yaml'}"
 TAUGHT = f"--config-file {CONFIGS / 'distilled.yaml'} KD.TEACHER.WEIGHTS out/teacher/seed_7/model_final.pth"
 ROWS = {
@@ -61,6 +63,14 @@ def test_each_row_is_trained_with_its_seeds_and_never_again(trained, capsys):
     changed = {"rows": {**ROWS, "methods": {"PKD": f"{TAUGHT} KD.PKD.WEIGHT 7.0"}}}
     run(**changed)
     assert trained[7:] == ["teacher, seed 7", "PKD, seed 1", "PKD, seed 2"]  # the teacher left no weights in this test
+
+
+def test_results_of_a_config_that_was_changed_are_shown_as_such(trained, capsys):
+    run()
+    capsys.readouterr()
+    run("--only-show", rows={**ROWS, "methods": {"PKD": f"{TAUGHT} KD.PKD.WEIGHT 7.0"}})
+    found = capsys.readouterr().out
+    assert "2 results are of another config" in found and re.search(r"PKD +\| +2 \|", found)
 
 
 def test_a_subset_brings_the_teacher_that_it_needs(trained, capsys):
@@ -136,3 +146,13 @@ def test_configs_of_ones_own_are_trained_and_compared(tmp_path, monkeypatch, dig
     for ending in (".json", ".md", ".png", ".svg", "_detections.png"):
         assert Path(f"mine/results{ending}").is_file(), ending
     assert Path("mine/narrow/seed_0.log").is_file()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_tune"])
+def test_the_tables_of_the_documentation_are_those_of_the_kept_results(name):
+    """docs/study/*.md are written by the command; nobody edits them."""
+    file = study.read_study(str(ROOT / f"configs/Study/{name}.yaml"))
+    assert file.results == f"docs/study/{name}.json"
+    records = Results(str(ROOT / file.results)).records
+    assert {record.row for record in records} <= set(file.names())
+    assert study.study_tables(file, records) == (ROOT / f"docs/study/{name}.md").read_text()
