@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -52,8 +53,8 @@ class Record:
         """Of a finished run in its folder."""
         history = read_history(run.output_dir)
         seconds = list(history.values.get("time", {}).values())
-        # Classes apart are many, and no table shows them.
-        scores = {key: [] for key in history.values if "/" in key and "-" not in key}
+        # Without those of single classes ("bbox/AP-cat"), which are many, and what training logs ("rpn/num_pos_...").
+        scores = {key: [] for key in history.values if re.fullmatch(r"\w+/(AP|top)\w*", key)}
         for key in scores:
             steps, values = history.series(key)
             rounded = zip(steps.tolist(), history.hours(steps).round(4).tolist(), values.round(3).tolist())
@@ -156,10 +157,9 @@ def results_table(records: Iterable[Record], *, metric: str = "bbox/AP", form: s
             if teacher:
                 gap = mean_and_error([r.last(metric) for r in teacher])[0] - start
                 line.append("" if name in (ALONE, TEACHER) else f"{100 * (mean - start) / gap:.0f}%")
-        line += [f"{statistics.median(r.seconds for r in group):.3f}", group[0].steps]
-        table.append(line)
+        table.append([*line, group[0].steps])
     headers = ["run", "seeds", metric.partition("/")[2], *(key.partition("/")[2] for key in others)]
-    headers += ["gain"] * bool(alone) + ["of the gap"] * bool(alone and teacher) + ["s / step", "steps"]
+    headers += ["gain"] * bool(alone) + ["of the gap"] * bool(alone and teacher) + ["steps"]
     align = ["left", *["right"] * (len(headers) - 1)]
     return tabulate(table, headers, tablefmt=form, disable_numparse=True, colalign=align)
 
