@@ -108,7 +108,7 @@ def test_visualize_of_the_lazy_config_itself(trained, tmp_path):
 def test_compare_counts_the_students_and_names_the_losses(trained, tmp_path):
     compare.main([str(x) for x in (*(trained / name for name in ("alone", "taught", "named")), "--output", tmp_path)])
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
-    assert [row["losses"] for row in rows] == ["-", "PKD 2, Hint 0.5", "NST 20"]
+    assert [row["losses"] for row in rows] == ["-", "PKD 2, Hint 0.5", "PKD 6"]
     assert {row["parameters"] for row in rows} == {f"{sum(p.numel() for p in tiny_fcos().parameters()):,}"}
     assert all(0.0001 < float(row["GFLOPs"]) < 0.01 for row in rows)  # at 48 x 80, as the test mapper resizes
 

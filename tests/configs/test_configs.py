@@ -24,7 +24,8 @@ from kd_det.teachers.ensemble import planned_teachers
 from tests.tiny import LOSSES, batch
 
 ROOT = Path(__file__).parents[2] / "configs"
-FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.yaml"))
+STUDIES = ("Study/digits.yaml", "Study/digits_tune.yaml")  # of kd-det study: tests/cli/test_study.py
+FILES = sorted({str(path.relative_to(ROOT)) for path in ROOT.rglob("*.yaml")} - set(STUDIES))
 CLASSIFIERS = [f for f in FILES if f.startswith(("Classification/", "Quickstart/two_stage_1"))]
 RUNS = [f for f in FILES if "Base-" not in f and f not in CLASSIFIERS]
 
@@ -76,8 +77,9 @@ def shrink(cfg: CfgNode) -> CfgNode:
     for teacher in (cfg.KD.TEACHER, *cfg.KD.TEACHERS):
         groups = 2 if "X_101" in teacher["CONFIG_FILE"] else 1
         if teacher["CONFIG_FILE"] != OWN_AVERAGE:
+            narrow = teacher["CONFIG_FILE"].endswith(("Quickstart/teacher.yaml", "Study/digits_teacher.yaml"))  # R-18s
             teacher["OPTS"] = [
-                *teacher.get("OPTS", ()), *SMALL, *NARROW, "MODEL.RESNETS.DEPTH", 50,
+                *teacher.get("OPTS", ()), *SMALL, *NARROW, "MODEL.RESNETS.DEPTH", 18 if narrow else 50,
                 "MODEL.RESNETS.NUM_GROUPS", groups, "MODEL.RESNETS.WIDTH_PER_GROUP", 4 // groups,
             ]  # fmt: skip
     return cfg
