@@ -80,20 +80,22 @@ def gradient_sizes(task: Tensor, losses: Sequence[Tensor], parameters: Iterable[
     """
     device = task.device.type
     in_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    scale = 4096.0 if in_float16 else 1.0  # without one, float16's gradients vanish; a GradScaler's is of this order
+
+    def scale(loss: Tensor) -> Tensor | float:
+        # Without one, float16's gradients vanish; a GradScaler's is of this order. A large loss' would overflow.
+        return 4096.0 / loss.detach().abs().clamp(min=1.0) if in_float16 else 1.0
+
     with torch.autocast(device, enabled=False):
-        shared = _gradients(task * scale, parameters)
+        shared = _gradients(task * scale(task), parameters)
         norm = get_total_norm(shared.values()).to(task.device)
-        rows = [torch.stack([norm, torch.ones_like(norm), torch.full_like(norm, bool(shared))])]
+        rows = [torch.stack([norm / scale(task), torch.ones_like(norm), torch.full_like(norm, bool(shared))])]
         for loss in losses:
-            gradients = _gradients(loss * scale, shared)
+            gradients = _gradients(loss * scale(loss), shared)
             own = get_total_norm(gradients.values()).to(norm)
             product = sum((torch.dot(g.flatten(), shared[p].flatten()) for p, g in gradients.items()), 0 * norm)
             cosine = product / (own * norm).clamp(min=torch.finfo(norm.dtype).tiny)
-            rows.append(torch.stack([own, cosine, torch.full_like(norm, bool(gradients))]))
-        ret = torch.stack(rows)
-        ret[:, 0] /= scale
-    return ret
+            rows.append(torch.stack([own / scale(loss), cosine, torch.full_like(norm, bool(gradients))]))
+    return torch.stack(rows)
 
 
 def measure_auto_weights(task: Tensor, values: Mapping[nn.Module, Tensor], student: nn.Module) -> None:

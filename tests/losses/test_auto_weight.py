@@ -156,11 +156,11 @@ class TestTraining:
 
     @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
     def test_in_half_precision(self, tmp_path, precision):
-        # Hints without p2, whose gradient leaves float16's range in a network that was never trained.
-        weights, taps = [], {"KD__HINT__STUDENT_TAPS": ("p3", "p4", "p5")}
+        """Also of hints, whose gradient is 50 times the task's: neither vanishes nor overflows in float16."""
+        weights = []
         for enabled in (False, True):
             torch.manual_seed(0)
-            model = without_momentum(build_model(auto_cfg(tmp_path, "NST", "Hint", "MGD", **taps)))
+            model = without_momentum(build_model(auto_cfg(tmp_path, "NST", "Hint", "MGD")))
             with torch.autocast("cpu", dtype=precision, enabled=enabled):
                 torch.manual_seed(0)
                 model(batch())
