@@ -42,6 +42,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     register_digits(dataset, prefix="quickstart")
 
     planned = Plan(args, dataset)
+    planned.teacher.complete()
     runs = {seed: planned.complete(seed) for seed in args.seeds}
     compared = runs[args.seeds[0]]
     table = comparison_table([(run.name, num_parameters(run.cfg), run.metrics()) for run in compared])
@@ -85,13 +86,13 @@ class Plan:
         return self._run("student alone, same time", STUDENT, f"as_long_seed{seed}", seed, last=longer)
 
     def complete(self, seed: int) -> tuple[Run, Run, Run, Run]:
-        """Train what is missing; returns the runs in the order of NAMES."""
-        runs = self.teacher, self.alone(seed), self.distilled(seed)
-        for run in runs:
-            run.complete()
+        """Train what is missing of the students; returns all runs in the order of NAMES."""
+        alone, distilled = self.alone(seed), self.distilled(seed)
+        alone.complete()
+        distilled.complete()
         as_long = self.as_long(seed)
         as_long.complete()
-        return *runs[:2], as_long, runs[2]
+        return self.teacher, alone, as_long, distilled
 
     def _run(self, name: str, config_file: str, folder: str, seed: int, *teacher: str, last=()) -> Run:
         arguments = ["--config-file", config_file, *teacher, "SEED", str(seed), *self.args.opts, *last]
