@@ -22,6 +22,7 @@ __all__ = [
     "is_lazy",
     "load_config",
     "parse_arguments",
+    "refuse",
     "usable_device",
 ]
 
@@ -69,6 +70,11 @@ def _add_config_arguments(parser: argparse.ArgumentParser, *, teacher: bool = Tr
         text = "default: the config's; with --teacher, PKD, and KD.INHERIT of what fits above the backbone"
         group.add_argument("--losses", metavar="NST,...", help=text)
     return group
+
+
+def refuse(message: str):
+    """In the place of a parser's ``error``, which ends the process: raises ``UserError``."""
+    raise UserError(message)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:

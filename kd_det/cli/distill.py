@@ -14,13 +14,12 @@ from detectron2.utils import comm
 from detectron2.utils import logger as detectron2_logger
 
 from kd_det.classification.trainer import trainer_class
-from kd_det.cli.arguments import load_config, parse_arguments
+from kd_det.cli.arguments import load_config, parse_arguments, refuse
 from kd_det.cli.checks import check_run
 from kd_det.cli.launch import launch
 from kd_det.cli.train import get_parser, train_or_evaluate
 from kd_det.engine.lock import sole_run
 from kd_det.engine.stopping import RESUMABLE
-from kd_det.errors import UserError
 from kd_det.random_state import preserved_random_state
 
 __all__ = ["run_command_line"]
@@ -32,7 +31,7 @@ def run_command_line(argv: list[str]) -> dict:
     and return the results of the evaluation, on the main process. For errors see :func:`kd_det.distill`.
     """
     parser = get_parser()
-    parser.error = _raise
+    parser.error = refuse
     try:
         args = parse_arguments(parser, argv)
         cfg = load_config(args)
@@ -55,10 +54,6 @@ def run_command_line(argv: list[str]) -> dict:
         raise RuntimeError(f"the training ended with exit status {e.code}; its processes have printed why") from None
     finally:
         gc.collect()  # a trainer and its hooks are cycles, which would hold the GPU's memory until a later collection
-
-
-def _raise(message: str):
-    raise UserError(message)
 
 
 def _write_results(args, *, train: Callable, path: str) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields
 import yaml
 
 from kd_det.classification.trainer import is_classifier
-from kd_det.cli.arguments import argument_parser, describe, load_config, parse_arguments
+from kd_det.cli.arguments import argument_parser, describe, load_config, parse_arguments, refuse
 from kd_det.cli.run_tool import run_tool
 from kd_det.cli.teacher import UNDECIDED
 from kd_det.errors import UserError, unknown_name
@@ -93,8 +93,10 @@ def _run(study: Study, name: str, arguments: str, seed: int) -> Run:
     command = words.pop(0) if words[0] == "pretrain" else "train"
     words += ["SEED", str(seed)]
     folder = os.path.join(study.output, name.replace("/", "_").replace(" ", "_"), f"seed_{seed}")
+    parser = argument_parser()
+    parser.error = refuse
     try:
-        cfg = load_config(parse_arguments(argument_parser(), [*words, "OUTPUT_DIR", folder]))
+        cfg = load_config(parse_arguments(parser, [*words, "OUTPUT_DIR", folder]))
         if cfg.KD.LOSSES == UNDECIDED:
             raise UserError("--teacher needs --losses here, e.g. --losses PKD")
         if cfg.MODEL.META_ARCHITECTURE == "Distiller":

@@ -101,6 +101,7 @@ def test_the_tables_of_another_machine_need_no_run(trained, capsys):
         ({"rows": {"a": {"x": f"{STUDENT} SOLVER.MAX_ITR 3"}}}, "row x: .*SOLVER.MAX_ITR"),
         ({"rows": {"a": {"x": f"{TAUGHT} KD.LOSSES ('NSTT',)"}}}, "row x: .*NSTT"),
         ({"rows": {"a": {"x": f"{STUDENT} --teacher a.yaml"}}}, "row x: "),
+        ({"rows": {"a": {"x": f"{STUDENT} --nonsense 3"}}}, "row x: "),
         ({"rows": {"a": {"x": "--config-file no.yaml"}}}, "row x: .*no.yaml"),
     ],
 )
