@@ -68,7 +68,7 @@ def test_with_augmentation(cfg: CfgNode, model: GeneralizedRCNN, trainer_class) 
 
 
 def _complete_annotations(coco_api: COCO) -> None:
-    """Fill in what many annotation tools leave out and evaluation needs: crowd, area, numbers as ids."""
+    """Fill in what many annotation tools leave out and evaluation needs: crowd, area, numbers above 0 as ids."""
     annotations = coco_api.dataset.get("annotations", [])
     for annotation in annotations:
         annotation.setdefault("iscrowd", 0)
@@ -76,7 +76,8 @@ def _complete_annotations(coco_api: COCO) -> None:
             has_mask = bool(annotation.get("segmentation"))
             width, height = annotation["bbox"][2:]
             annotation["area"] = float(mask.area(coco_api.annToRLE(annotation))) if has_mask else width * height
-    if not all(isinstance(annotation["id"], int) for annotation in annotations):  # no result depends on them
+    # Evaluators mark a box that nothing was matched with by the id 0. No result depends on other ids.
+    if not all(isinstance(annotation["id"], int) and annotation["id"] > 0 for annotation in annotations):
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
         coco_api.createIndex()

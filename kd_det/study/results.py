@@ -130,8 +130,9 @@ class Results:
 
 def results_table(records: Iterable[Record], *, metric: str = "bbox/AP", form: str = "github") -> str:
     """
-    A row each: mean and standard error over seeds, how far from the row "alone" (the standard error is that of the
-    difference of two means), and what part of the gap from "alone" to "teacher" is recovered.
+    A row each: mean and standard error over seeds, how far from the row "alone", and what part of the gap from "alone"
+    to "teacher" is recovered. Runs of one seed share their random weights and the order of images: the gain is the mean
+    of the differences at the same seed, with the standard error of that mean.
 
     Args:
         records: of all rows, in order.
@@ -145,23 +146,30 @@ def results_table(records: Iterable[Record], *, metric: str = "bbox/AP", form: s
     others = [f"{task}/{name}" for name in ("AP50", "AP75", "top5") if f"{task}/{name}" != metric]
     others = [key for key in others if any(key in r.scores for group in rows.values() for r in group)]
     alone, teacher = (rows.get(name) for name in (ALONE, TEACHER))
+    gap = _gain(teacher, alone, metric)[0] if teacher and alone else 0.0
     table = []
     for name, group in rows.items():
-        mean, error = mean_and_error([r.last(metric) for r in group])
-        line = [name, len(group), _with_error(mean, error)]
+        line = [name, len(group), _with_error(*mean_and_error([r.last(metric) for r in group]))]
         line += [f"{mean_and_error([r.last(key) for r in group])[0]:.1f}" for key in others]
         if alone:
-            start, start_error = mean_and_error([r.last(metric) for r in alone])
-            both = math.hypot(error, start_error)
-            line.append("" if name == ALONE else _with_error(mean - start, both, sign="+"))
+            gain, error = _gain(group, alone, metric)
+            line.append("" if name == ALONE else _with_error(gain, error, sign="+"))
             if teacher:
-                gap = mean_and_error([r.last(metric) for r in teacher])[0] - start
-                line.append("" if name in (ALONE, TEACHER) else f"{100 * (mean - start) / gap:.0f}%")
+                line.append("" if name in (ALONE, TEACHER) else f"{100 * gain / gap:.0f}%")
         table.append([*line, group[0].steps])
     headers = ["run", "seeds", metric.partition("/")[2], *(key.partition("/")[2] for key in others)]
     headers += ["gain"] * bool(alone) + ["of the gap"] * bool(alone and teacher) + ["steps"]
     align = ["left", *["right"] * (len(headers) - 1)]
     return tabulate(table, headers, tablefmt=form, disable_numparse=True, colalign=align)
+
+
+def _gain(group: Sequence[Record], alone: Sequence[Record], metric: str) -> tuple[float, float]:
+    """The mean difference at the seeds that both have, with its standard error; without any, that of the means."""
+    starts = {record.seed: record.last(metric) for record in alone}
+    if differences := [record.last(metric) - starts[record.seed] for record in group if record.seed in starts]:
+        return mean_and_error(differences)
+    (end, end_error), (start, start_error) = (mean_and_error([r.last(metric) for r in rows]) for rows in (group, alone))
+    return end - start, math.hypot(end_error, start_error)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

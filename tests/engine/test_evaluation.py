@@ -119,3 +119,23 @@ def test_which_evaluator_is_used(tmp_path, monkeypatch, caplog):
     assert Compiled.used == 1 and coco_evaluation.COCOeval_opt is Compiled
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("first_id", [0, 1, -1, "a"])
+def test_ids_of_annotations_do_not_matter(first_id, fast, tmp_path, monkeypatch):
+    """One box, found exactly: an AP of 100. By the id 0, evaluators mean that nothing was matched."""
+    name = f"ids_{first_id}_{fast}"
+    box = {"category_id": 1, "bbox": [1.0, 2.0, 30.0, 40.0], "iscrowd": 0, "area": 1200.0}
+    file = tmp_path / "truth.json"
+    images, categories = [{"id": 1, "width": 64, "height": 64}], [{"id": 1, "name": "cat"}]
+    annotations = [{"id": first_id, "image_id": 1, **box}]
+    file.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
+    MetadataCatalog.get(name).set(json_file=str(file), thing_dataset_id_to_contiguous_id={1: 0}, thing_classes=["cat"])
+    monkeypatch.setattr(coco_evaluation, "COCOeval_opt", COCOeval)
+    if not fast:
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    evaluator = COCOEvaluator(name, tasks=("bbox",), distributed=False, output_dir=str(tmp_path))
+    evaluator._predictions = [{"instances": [{"image_id": 1, "category_id": 0, "bbox": box["bbox"], "score": 0.9}]}]
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    MetadataCatalog.remove(name)
