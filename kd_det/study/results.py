@@ -34,7 +34,7 @@ class Record:
         arguments: of the command that ran it.
         config: :func:`config_hash` of its config.
         steps: how many it was trained for.
-        seconds: of a training step, their median.
+        seconds: of a training step, their median; 0 where none was logged (Detectron2 does not time the first three).
         scores: "bbox/AP" and the like of every evaluation, as [step, hours of training steps, value] lists.
         machine: what it ran on.
     """
@@ -65,7 +65,7 @@ class Record:
             arguments=" ".join(run.command),
             config=config_hash(run),
             steps=run.cfg.SOLVER.MAX_ITER,
-            seconds=round(statistics.median(seconds), 4) if seconds else math.nan,
+            seconds=round(statistics.median(seconds), 4) if seconds else 0.0,
             scores={key: values for key, values in scores.items() if values},
             machine=_machine(run.cfg.MODEL.DEVICE),
         )
