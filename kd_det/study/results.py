@@ -35,7 +35,8 @@ class Record:
         config: :func:`config_hash` of its config.
         steps: how many it was trained for.
         seconds: of a training step, their median; 0 where none was logged (Detectron2 does not time the first three).
-        scores: "bbox/AP" and the like of every evaluation, as [step, hours of training steps, value] lists.
+        scores: "bbox/AP" and the like of every evaluation, as [step, hours of training steps, value] lists; hours are 0
+            where no time was logged.
         machine: what it ran on.
     """
 
@@ -58,7 +59,7 @@ class Record:
         for key in scores:
             steps, values = history.series(key)
             rounded = zip(steps.tolist(), history.hours(steps).round(4).tolist(), values.round(3).tolist())
-            scores[key] = [[int(step), hours, value] for step, hours, value in rounded]
+            scores[key] = [[int(step), hours if hours > 0 else 0.0, value] for step, hours, value in rounded]
         return cls(
             row=row,
             seed=run.cfg.SEED,

@@ -77,3 +77,11 @@ def test_a_record_keeps_the_scores_of_every_evaluation(tmp_path):
     assert found.scores == {"bbox/AP": [[9, 0.01, 1.0], [19, 0.03, 2.0]]}  # 10 steps of 3.6 s, 10 of 7.2 s
     assert found.last("bbox/AP") == 2.0 and math.isnan(found.last("bbox/AP50"))
     assert found.history().scores() == ["bbox/AP"]
+
+
+def test_a_run_of_untimed_steps_is_kept_as_valid_json(tmp_path):
+    """Detectron2 does not time the first three."""
+    run = planned(str(tmp_path), "SOLVER.MAX_ITER", "2")
+    (tmp_path / "metrics.json").write_text(json.dumps({"iteration": 1, "bbox/AP": 3.0}) + "\n")
+    found = Record.of("a", run)
+    assert found.seconds == 0 and found.scores == {"bbox/AP": [[1, 0, 3.0]]}
