@@ -156,7 +156,7 @@ def results_table(records: Iterable[Record], *, metric: str = "bbox/AP", form: s
             gain, error = _gain(group, alone, metric)
             line.append("" if name == ALONE else _with_error(gain, error, sign="+"))
             if teacher:
-                line.append("" if name in (ALONE, TEACHER) else f"{100 * gain / gap:.0f}%")
+                line.append("" if name in (ALONE, TEACHER) or not gap > 0 else f"{100 * gain / gap:.0f}%")
         table.append([*line, group[0].steps])
     headers = ["run", "seeds", metric.partition("/")[2], *(key.partition("/")[2] for key in others)]
     headers += ["gain"] * bool(alone) + ["of the gap"] * bool(alone and teacher) + ["steps"]

@@ -47,6 +47,13 @@ def test_without_teacher_or_student_alone_there_is_no_gap():
     assert "of the gap" not in header and a[4] == "+2.0" and alone[4] == ""
 
 
+@pytest.mark.parametrize("teacher_ap", [1.0, 0.5, math.nan])
+def test_of_a_teacher_that_is_not_ahead_no_part_is_made_up(teacher_ap):
+    records = [record("teacher", 9, teacher_ap), record("alone", 0, 1.0), record("a", 0, 3.0)]
+    header, *_, a = cells(results_table(records))
+    assert a[header.index("gain")] == "+2.0" and a[header.index("of the gap")] == ""
+
+
 def test_a_record_is_found_by_row_seed_and_config_and_replaced(tmp_path):
     file = tmp_path / "results" / "r.json"
     results, run = Results(str(file)), planned("out", "SEED", "1")
