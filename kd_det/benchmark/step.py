@@ -19,7 +19,7 @@ from kd_det.losses import build_losses
 from kd_det.student import build_student
 from kd_det.teachers.build import build_teacher_architecture, get_teacher_cfg, teacher_dtype
 
-__all__ = ["measure_step"]
+__all__ = ["measure_prices", "measure_step"]
 
 
 def measure_step(cfg: CfgNode, *, images: int, amp: torch.dtype | None, repeat: int) -> tuple[list[dict], float]:
@@ -71,6 +71,30 @@ def measure_step(cfg: CfgNode, *, images: int, amp: torch.dtype | None, repeat: 
             row.update({"kernels": kernels(run), "waits": found.total(), "waits by line": dict(found.most_common())})
         rows.append(row)
     return rows, statistics.median(distilled / (plain + features) for plain, features, distilled in rounds)
+
+
+def measure_prices(cfg: CfgNode, *, images: int, amp: torch.dtype | None, repeat: int) -> list[dict]:
+    """
+    :func:`measure_step` with each of the config's losses alone.
+
+    Returns:
+        A row each: the three times, the ratio, the memory of the distillation step beside the plain one's, and on a GPU
+        the kernels beyond those of the plain step and the teacher, and the waits beyond those of the plain step.
+    """
+    rows = []
+    for loss in cfg.KD.LOSSES:
+        alone = cfg.clone()
+        alone.defrost()
+        alone.KD.LOSSES = [loss]
+        (plain, teacher, distilled), ratio = measure_step(alone, images=images, amp=amp, repeat=repeat)
+        row = {"loss": loss, "plain": plain["seconds"], "teacher": teacher["seconds"]}
+        row.update({"distillation": distilled["seconds"], "ratio": ratio})
+        row.update({"plain MiB": plain["peak MiB"], "distillation MiB": distilled["peak MiB"]})
+        if "kernels" in plain:
+            added = distilled["kernels"] - plain["kernels"] - teacher["kernels"]
+            row.update({"kernels": added, "waits": distilled["waits"] - plain["waits"]})
+        rows.append(row)
+    return rows
 
 
 def build_distiller(cfg: CfgNode) -> Distiller:
