@@ -188,13 +188,13 @@ def show(study: Study, plan: dict[str, list[Run]], results: Results) -> None:
 
 
 def study_tables(study: Study, records: list[Record]) -> str:
-    """A table for each group of rows, in Markdown; teacher and student alone stand in each."""
+    """A table for each group of rows, in Markdown; teacher and student alone stand in each that has their metric."""
     ret = []
     for group, rows in study.rows.items():
         names = {"teacher", "alone", *rows}
         found = [record for record in records if record.row in names]
-        if any(record.row in rows for record in found):
-            metric = "bbox/AP" if "bbox/AP" in found[-1].scores else next(iter(found[-1].scores))
+        if own := [record for record in found if record.row in rows]:
+            metric = "bbox/AP" if "bbox/AP" in own[0].scores else next(iter(own[0].scores))
             found = [record for record in found if metric in record.scores]
             ret.append(f"**{group}**\n\n{results_table(found, metric=metric)}\n")
     return "\n".join(ret)

@@ -83,10 +83,10 @@ class Record:
 
 
 def config_hash(run: Run) -> str:
-    """Of what the run uses of its config, wherever it writes to."""
+    """Of what the run uses of its config, wherever it writes to and whatever it runs on, which the record tells."""
     cfg = used_config(run.cfg)
     cfg.defrost()
-    cfg.OUTPUT_DIR, cfg.KD.IMPORTS = "", []  # paths
+    cfg.OUTPUT_DIR, cfg.KD.IMPORTS, cfg.MODEL.DEVICE = "", [], "cpu"
     return hashlib.sha1(cfg.dump().encode()).hexdigest()[:12]
 
 

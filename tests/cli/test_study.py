@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from kd_det.cli import study
-from kd_det.study.results import Results
+from kd_det.study.results import Record, Results
 from kd_det.study.run_config import used_config
 from tests.digits_data import digits_root  # noqa: F401
 
@@ -147,6 +147,20 @@ def test_configs_of_ones_own_are_trained_and_compared(tmp_path, monkeypatch, dig
     for ending in (".json", ".md", ".png", ".svg", "_detections.png"):
         assert Path(f"mine/results{ending}").is_file(), ending
     assert Path("mine/narrow/seed_0.log").is_file()
+
+
+def test_a_group_of_backbones_is_judged_by_their_own_metric():
+    """The student alone has none of it, and stands in the detectors' table only."""
+    rows = {"backbones": {"labels": "pretrain"}, "detectors": {"alone": "", "from labels": ""}}
+    scores = {"labels": {"classification/top1": [[9, 0, 88.0]]}, "alone": {"bbox/AP": [[9, 0, 40.0]]}}
+    scores["from labels"] = {"bbox/AP": [[9, 0, 46.0]]}
+    records = [
+        Record(row, 0, arguments="", config="", steps=9, seconds=0.1, scores=found, machine="")
+        for row, found in scores.items()
+    ]
+    backbones, detectors = study.study_tables(study.Study(rows), records).split("**detectors**")
+    assert re.search(r"top1.*\n.*\n\| labels +\| +1 \| +88.0", backbones) and "alone" not in backbones
+    assert re.search(r"from labels +\| +1 \| +46.0 \| +\+6.0", detectors)
 
 
 STUDIES = [path.stem for path in sorted((ROOT / "configs/Study").glob("*.yaml")) if "\nrows:" in path.read_text()]

@@ -77,7 +77,8 @@ def shrink(cfg: CfgNode) -> CfgNode:
     for teacher in (cfg.KD.TEACHER, *cfg.KD.TEACHERS):
         groups = 2 if "X_101" in teacher["CONFIG_FILE"] else 1
         if teacher["CONFIG_FILE"] != OWN_AVERAGE:
-            narrow = teacher["CONFIG_FILE"].endswith(("Quickstart/teacher.yaml", "Study/digits_teacher.yaml"))  # R-18s
+            r_18s = ("Quickstart/teacher.yaml", "Study/digits_teacher.yaml", "Study/cells_teacher_R_18.yaml")
+            narrow = teacher["CONFIG_FILE"].endswith(r_18s)
             teacher["OPTS"] = [
                 *teacher.get("OPTS", ()), *SMALL, *NARROW, "MODEL.RESNETS.DEPTH", 18 if narrow else 50,
                 "MODEL.RESNETS.NUM_GROUPS", groups, "MODEL.RESNETS.WIDTH_PER_GROUP", 4 // groups,

@@ -69,8 +69,12 @@ def test_a_record_is_found_by_row_seed_and_config_and_replaced(tmp_path):
     assert [r["seconds"] for r in json.loads(file.read_text())] == [0.5, 2.0, 0.5]
 
 
-def test_what_a_run_writes_to_does_not_matter_for_its_config():
-    assert config_hash(planned("a")) == config_hash(planned("b"))
+def test_where_a_run_writes_to_and_what_it_runs_on_do_not_matter_for_its_config():
+    """A result from a GPU is not repeated on a machine without one."""
+    on_gpu = planned("b")
+    on_gpu.cfg.defrost()
+    on_gpu.cfg.MODEL.DEVICE = "cuda"
+    assert config_hash(planned("a")) == config_hash(planned("b")) == config_hash(on_gpu)
     assert config_hash(planned("a")) != config_hash(planned("a", "SOLVER.BASE_LR", "0.5"))
 
 
