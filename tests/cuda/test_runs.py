@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from kd_det import student_cfg
 from kd_det.losses import loss_class
 from tests.cuda.tiny_cuda import MAP_LOSSES, assert_fine, build, faster_cfg, losses_of, train
 from tests.tiny import batch, tiny_cfg
@@ -44,6 +45,22 @@ def test_float16_with_scaled_gradients_resumes(tmp_path, device):
         f.write("model_0000003.pth")
     assert run(resumed, resume=True).start_iter == 4
     assert_similar(load(resumed)["model"], load(cfg)["model"], atol=1e-3)
+
+
+def test_an_average_of_the_weights_follows_them(tmp_path, device):
+    opts = {"KD__EMA_DECAY": 0.2, "SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 4}
+    cfg = run_cfg(tmp_path, "NST", MODEL__DEVICE=device, **opts)
+    start = {key: value.cpu() for key, value in build(student_cfg(cfg)).state_dict().items()}
+    torch.save({"model": start}, tmp_path / "start.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
+    run(cfg)
+    files = ("model_0000000.pth", "model_0000001.pth", "model_0000002.pth", "model_final.pth")
+    for key in ("backbone.fpn_output3.weight", "backbone.bottom_up.res3.0.conv1.norm.running_var"):
+        expected = start[key].double()
+        for n, name in enumerate(files, start=1):
+            decay = min(0.2, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * load(cfg, name)["model"][key]
+        torch.testing.assert_close(load(cfg, "model_ema.pth")["model"][key], expected.float())
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])

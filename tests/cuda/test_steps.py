@@ -7,15 +7,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kd_det import Distiller, student_cfg
+from kd_det.features.position_weights import REGIONS
 from kd_det.losses import CrossKDLoss, DenseSoftTargetLoss, NSTLoss, PKDLoss, loss_class
-from tests.classification.tiny_classifier import distilled_cfg, images
+from tests.classification.tiny_classifier import distilled_cfg, images, unlabelled_cfg
 from tests.cuda.tiny_cuda import (
     DETECTOR_LOSSES,
     DETECTORS,
     MAP_LOSSES,
     assert_fine,
     batch_with_an_empty_image,
-    batch_with_masks,
     build,
     detector_cfg,
     distillation_losses,
@@ -23,7 +23,8 @@ from tests.cuda.tiny_cuda import (
     losses_of,
     train,
 )
-from tests.tiny import batch, tiny_fcos
+from tests.test_unlabelled import ON, mixed
+from tests.tiny import batch, tiny_fcos, with_keypoints, with_masks
 from tests.tiny_run import ALL_LOSSES
 
 pytestmark = pytest.mark.cuda
@@ -55,6 +56,13 @@ def test_no_loss_and_weights_of_0_are_plain_training(tmp_path, device):
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
 
 
+# What else a detector's images need, and its own losses.
+BRANCHES = {
+    "Mask R-CNN": (with_masks, ("MaskSoftTarget",)),
+    "Keypoint R-CNN": (with_keypoints, ("KeypointSoftTarget",)),
+}
+
+
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_every_detector(tmp_path, device, detector, amp):
@@ -63,14 +71,11 @@ def test_every_detector(tmp_path, device, detector, amp):
     losses = ("NST", "SoftTarget", "DKD", "BoundedRegression", "RPNSoftTarget")
     if detector == "RetinaNet":
         losses = ("NST", "PKD", "FGD", "DenseSoftTarget", "CrossKD")
-    if detector == "Mask R-CNN":
-        losses += ("MaskSoftTarget",)
-    model = build(detector_cfg(tmp_path, detector, device, *losses, KD__CROSS_KD__CUT=1))
-    for inputs in (batch_with_masks() if detector == "Mask R-CNN" else batch(), batch(((64, 64), (64, 64)))):
-        if detector == "Mask R-CNN" and not inputs[0]["instances"].has("gt_masks"):
-            continue
-        assert_fine(train(model, 2, inputs, amp=amp), device)
-    if detector != "Mask R-CNN":
+    label, of_the_branch = BRANCHES.get(detector, (lambda inputs: inputs, ()))
+    model = build(detector_cfg(tmp_path, detector, device, *losses, *of_the_branch, KD__CROSS_KD__CUT=1))
+    for inputs in (batch(), batch(((64, 64), (64, 64)))):
+        assert_fine(train(model, 2, label(inputs), amp=amp), device)
+    if detector not in BRANCHES:
         assert_fine(train(model, 1, batch_with_an_empty_image(), amp=amp), device)
     with torch.no_grad():
         assert len(model.eval()(batch())) == 2
@@ -89,6 +94,29 @@ def test_map_losses_of_a_step_are_the_cpus(tmp_path, device):
     assert len(expected) == len(MAP_LOSSES)
     for key, value in expected.items():
         assert found[key].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize("regions", REGIONS[1:])
+def test_map_losses_on_regions_are_the_cpus(tmp_path, device, regions):
+    names = ("AttentionTransfer", "Hint", "PKD")
+    options = {f"KD__{loss_class(name).name.upper()}__REGIONS": regions for name in names}
+    model = build(faster_cfg(tmp_path, device, *names, **options))
+    found = distillation_losses(model)
+    if regions == "proposals":  # whose order may change with rounding
+        return assert_fine([found], device)
+    expected = distillation_losses(build(faster_cfg(tmp_path, "cpu", *names, **options)))
+    for key, value in expected.items():
+        assert found[key].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+def test_unlabelled_images(tmp_path, device, amp):
+    if device == "cpu" and amp == torch.float16:
+        pytest.skip("float16 is for GPUs")
+    model = build(faster_cfg(tmp_path, device, "NST", "SoftTarget", "Hint", **ON))
+    history = train(model, 3, mixed(), amp=amp)
+    assert_fine(history, device)
+    assert all(losses["loss_cls_pseudo"] > 0 and losses["loss_nst"] > 0 for losses in history)
 
 
 def gradients(model) -> dict:
@@ -171,6 +199,18 @@ def test_the_classification_stage(tmp_path, device, losses):
     assert_fine(train(model, 2, images()), device)
     if device == "cuda" and losses != ("GradientAttention",):  # whose second derivative stays in float32
         assert_fine(train(model, 2, images(), amp=torch.float16), device)
+
+
+def test_backbones_without_labels(tmp_path, device):
+    losses = ("FeatureDistillation", "Hint", "NST", "Similarity")
+    inputs = [{"image": x["image"]} for x in images()]
+    found = losses_of(build(unlabelled_cfg(tmp_path, *losses, MODEL__DEVICE=device)), inputs)
+    expected = losses_of(build(unlabelled_cfg(tmp_path, *losses)), inputs)
+    assert len(expected) == len(losses)
+    for key, value in expected.items():
+        assert found[key].device.type == device and found[key].item() == pytest.approx(value.item(), rel=2e-3), key
+    amp = torch.float16 if device == "cuda" else torch.bfloat16
+    assert_fine(train(build(unlabelled_cfg(tmp_path, *losses, MODEL__DEVICE=device)), 2, inputs, amp=amp), device)
 
 
 def test_memory_is_flat(tmp_path, gpu):

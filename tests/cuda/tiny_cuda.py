@@ -3,12 +3,11 @@
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks
 from detectron2.utils.events import EventStorage
 
 import tests.classification.tiny_classifier  # noqa: F401  registers the backbone of C4
 from kd_det import Distiller
-from tests.tiny import RCNN_LOSSES, batch, distillation_cfg, tiny_cfg
+from tests.tiny import KEYPOINT, MASK, RCNN_LOSSES, batch, distillation_cfg, tiny_cfg
 
 DETECTOR_LOSSES = RCNN_LOSSES
 # Those whose values depend on the maps only, not on the regions or positions that are sampled at random.
@@ -22,16 +21,8 @@ DENSE = {
 }
 DETECTORS = {
     "Faster R-CNN": ("GeneralizedRCNN", {}),
-    "Mask R-CNN": (
-        "GeneralizedRCNN",
-        {
-            "MODEL__MASK_ON": True,
-            "MODEL__ROI_MASK_HEAD__NAME": "MaskRCNNConvUpsampleHead",
-            "MODEL__ROI_MASK_HEAD__NUM_CONV": 1,
-            "MODEL__ROI_MASK_HEAD__CONV_DIM": 8,
-            "MODEL__ROI_MASK_HEAD__POOLER_RESOLUTION": 4,
-        },
-    ),
+    "Mask R-CNN": ("GeneralizedRCNN", MASK),
+    "Keypoint R-CNN": ("GeneralizedRCNN", KEYPOINT),
     "Cascade R-CNN": (
         "GeneralizedRCNN",
         {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True},
@@ -72,14 +63,6 @@ def build(cfg: CfgNode) -> Distiller:
     """Of the same weights on every device: they are drawn on the CPU."""
     torch.manual_seed(0)
     return build_model(cfg).train()
-
-
-def batch_with_masks() -> list[dict]:
-    inputs = batch()
-    for x in inputs:
-        height, width = x["instances"].image_size
-        x["instances"].gt_masks = BitMasks(torch.rand(3, height, width) > 0.5)
-    return inputs
 
 
 def batch_with_an_empty_image() -> list[dict]:
