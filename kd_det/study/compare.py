@@ -27,7 +27,7 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> str:
         UserError: a folder with a run of another config or teacher, before the first run; or a run that failed.
     """
     for run in (run for group in runs.values() for run in group):
-        # Run.complete removes an older run: only the log of one that failed may be there.
+        # Run.complete moves or removes an older run: only the log of one that failed may be there.
         is_trained = os.path.isfile(os.path.join(run.output_dir, "last_checkpoint"))
         if run.holds_other_files() or (is_trained and run.state() == "new"):
             raise UserError(

@@ -86,7 +86,8 @@ class Run:
 
     def complete(self, *, log: int | None = None) -> None:
         """
-        Train it, resume it, or leave it as it is, by its state, and print which. An older run in its folder is removed.
+        Train it, resume it, or leave it as it is, by its state, and print which. A finished run of
+        another config, or older than its inputs, is moved to ``<output_dir>.old``; what was not finished is removed.
         ``log`` is where its output goes, as of ``subprocess.run``; errors are always shown.
 
         Raises:
@@ -97,8 +98,8 @@ class Run:
 
     def prepare(self) -> list[str]:
         """
-        What :meth:`complete` has to run, as ``python *command``; empty for a finished run. Prints the state, removes an
-        older run.
+        What :meth:`complete` has to run, as ``python *command``; empty for a finished run. Prints the state, moves
+        another run away.
         """
         state = self.state()
         if state == "finished":
@@ -112,6 +113,11 @@ class Run:
                 f"{self.name}: {self.output_dir} holds files, but no run (no config.yaml). Remove it, or choose "
                 f"another folder."
             )
+        elif os.path.isfile(self.weights):  # it may have taken days
+            old = f"{self.output_dir}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.output_dir, old)
+            print(f"{self.name}: of another config, or older than what it is made from; moved to {old}", flush=True)
         else:
             shutil.rmtree(self.output_dir, ignore_errors=True)
         name, *arguments = self.command

@@ -97,8 +97,13 @@ def test_what_is_there_is_not_trained_again(run, monkeypatch, capsys):
     os.utime(run.weights, (0, 0))
     run.complete()
     assert commands.pop() == ["-m", "kd_det", "train", *arguments] and not Path(run.output_dir).exists()
+    assert Path(f"{run.output_dir}.old", "model_final.pth").exists()  # which may have taken days
+    assert f"moved to {run.output_dir}.old" in capsys.readouterr().out
+    Path(run.output_dir).mkdir()
+    Path(run.output_dir, "config.yaml").touch()  # of a run that was killed
     run.complete()
     assert commands.pop() == ["-m", "kd_det", "train", *arguments]
+    assert not Path(run.output_dir).exists() and Path(f"{run.output_dir}.old", "model_final.pth").exists()
     Path(run.output_dir).mkdir()
     Path(run.output_dir, "thesis.txt").touch()
     with pytest.raises(ValueError, match="holds files, but no run"):
