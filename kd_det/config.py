@@ -162,8 +162,9 @@ def add_kd_config(cfg: CN) -> None:
     # T of the softmaxes over a heatmap's positions; 1 in DWPose (arXiv 2307.15880).
     node.TEMPERATURE = 1.0
 
-    # Teacher-bounded box regression (Chen et al., NIPS 2017) on the student's sampled foreground regions.
-    node = add_loss_config(cfg, "BOUNDED_REGRESSION", weight=1.0)
+    # Teacher-bounded box regression (Chen et al., NIPS 2017) on the student's sampled foreground regions; the weight is
+    # the paper's nu.
+    node = add_loss_config(cfg, "BOUNDED_REGRESSION", weight=0.5)
     # m of Eq. 4: a student better than the teacher by this squared error is left alone.
     node.MARGIN = 0.0
 

@@ -27,14 +27,15 @@ def bounded_regression_loss(
     """
     The teacher as an upper bound of the student's error in box regression (Chen et al., Learning efficient object
     detection models with knowledge distillation, NIPS 2017, equation 4): per region ``|s - y|^2`` if
-    ``|s - y|^2 + margin > |t - y|^2``, else 0; averaged over regions.
+    ``|s - y|^2 + margin > |t - y|^2``, else 0. The sum is divided by R, as the paper and Detectron2 divide a box loss
+    by all sampled regions, foreground or not.
 
     Args:
         student_deltas: (R, 4), what the student predicts for R regions, of the region's class.
         teacher_deltas: (R, 4), the teacher's for the same regions, in the same units; is detached.
         target_deltas: (R, 4), those of the ground truth.
         margin: m >= 0, by how much of squared error the student must be better than the teacher to be left alone.
-        foreground: bool (R,), the regions that count; None: all.
+        foreground: bool (R,), the regions whose errors are summed; None: all.
 
     Returns:
         A scalar; 0 for no region.
@@ -57,17 +58,18 @@ def bounded_regression_loss(
     error = (student - target).square().sum(1)
     bound = (teacher - target).square().sum(1)
     counts = error + margin > bound
-    if foreground is None:
-        return torch.where(counts, error, 0).mean()
-    return torch.where(counts & foreground, error, 0).sum() / foreground.sum().clamp(min=1)
+    if foreground is not None:
+        counts = counts & foreground
+    return torch.where(counts, error, 0).mean()
 
 
 @DISTILLATION_LOSS_REGISTRY.register()
 class BoundedRegressionLoss(ClassLoss):
     """
     :func:`bounded_regression_loss` on the foreground regions that the student samples, labelled by the student's own
-    matcher, in the student's units of box regression; averaged over the regions of all processes. Regions of a class
-    that the teacher does not know are left out, unless both networks regress boxes whatever their class. Reads no taps.
+    matcher, in the student's units of box regression; divided by the sampled regions of all processes. Regions of a
+    class that the teacher does not know add nothing, unless both networks regress boxes whatever their class. Reads no
+    taps.
     """
 
     name = "bounded_regression"
@@ -114,5 +116,5 @@ class BoundedRegressionLoss(ClassLoss):
                 margin=self.margin,
                 foreground=theirs.foreground,
             )
-            total = total + share_of_samples(theirs.foreground.sum(), s.deltas.device) * mean
+            total = total + share_of_samples(len(s.deltas), s.deltas.device) * mean
         return total / len(pairs)

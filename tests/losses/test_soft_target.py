@@ -93,6 +93,15 @@ def test_bounded_regression_by_hand():
     torch.testing.assert_close(bounded_regression_loss(student, teacher, target, margin=3.5), torch.tensor(7 / 3))
 
 
+def test_bounded_regression_is_divided_by_all_regions_as_a_box_loss():
+    target, student = torch.zeros(4, 4), torch.tensor([[2.0, 0, 0, 0]]).expand(4, 4)
+    foreground = torch.tensor([True, False, False, False])
+    loss = bounded_regression_loss(student, target, target, foreground=foreground)
+    torch.testing.assert_close(loss, torch.tensor(4 / 4))
+    none = bounded_regression_loss(student, target, target, foreground=torch.zeros(4, dtype=torch.bool))
+    assert none == 0
+
+
 def test_bounded_regression_gradcheck_and_empty():
     student, teacher, target = (randn(7, 4, seed=i) for i in range(3))
     assert torch.autograd.gradcheck(lambda s: bounded_regression_loss(s, teacher, target), student.requires_grad_())
