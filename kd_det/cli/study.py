@@ -1,6 +1,7 @@
 """
 Train several configs, each with several seeds, several at a time, and compare them: a table, curves, and a picture of
-ground truth and detections. Runs that are finished are not repeated, interrupted ones are resumed.
+ground truth and detections. Runs that are finished are not repeated, interrupted ones are resumed; a finished run of
+another config, or older than what it starts from, is moved to FOLDER.old and trained again.
 
     kd-det study alone.yaml distilled.yaml --seeds 0 1 2 --output output/study
     kd-det study configs/Study/digits.yaml --jobs 2

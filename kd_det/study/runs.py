@@ -86,9 +86,9 @@ class Run:
 
     def complete(self, *, log: int | None = None) -> None:
         """
-        Train it, resume it, or leave it as it is, by its state, and print which. A finished run of
-        another config, or older than its inputs, is moved to ``<output_dir>.old``; what was not finished is removed.
-        ``log`` is where its output goes, as of ``subprocess.run``; errors are always shown.
+        Train it, resume it, or leave it as it is, by its state, and print which. A finished run of another config, or
+        older than its inputs, is moved to ``<output_dir>.old``; what was not finished is removed. ``log`` is where its
+        output goes, as of ``subprocess.run``; errors are always shown.
 
         Raises:
             UserError: the training failed and has printed why, or the folder holds files that are no run.
@@ -98,8 +98,8 @@ class Run:
 
     def prepare(self) -> list[str]:
         """
-        What :meth:`complete` has to run, as ``python *command``; empty for a finished run. Prints the state, moves
-        another run away.
+        What :meth:`complete` has to run, as ``python *command``; empty for a finished run. Prints the state, moves or
+        removes another run.
         """
         state = self.state()
         if state == "finished":
